@@ -25,6 +25,8 @@ class Case:
     order: tuple[str, ...]
     """Classes whose defaults hold."""
     values: Mapping[str, Any]
+    calls_lora: bool = False
+    """True if peft's `LoraConfig` is called."""
 
     @property
     def is_ppo(self) -> bool:
@@ -54,7 +56,13 @@ class Case:
     @property
     def has_adapters(self) -> bool:
         """Whether LoRA is trained."""
-        return bool(self.value("peft") is True or self.value("use_peft") is True or "r" in self)
+        return self.value("peft") is True or self.value("use_peft") is True or self.has_lora_class
+
+    @property
+    def has_lora_class(self) -> bool:
+        """Whether the adapters are those of peft's `LoraConfig`, whose defaults are its own."""
+        is_class = self.calls_lora or "r" in self
+        return is_class and self.tool == "trl" and self.value("use_peft") is not True
 
     def __contains__(self, name: str) -> bool:
         return name in self.values

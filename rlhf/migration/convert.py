@@ -26,7 +26,7 @@ _SCHEDULERS = {
     "constant_with_warmup": "constant",
 }  # fmt: skip
 #: Fields of `lora` by the names of TRL and AITraining.
-_LORA = {
+LORA = {
     "lora_r": "r", "r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "lora_target_modules": "target_modules", "target_modules": "target_modules",
     "use_rslora": "use_rslora",
@@ -236,12 +236,12 @@ def _lora(case: Case, entry: Entry, value: Any) -> Fields | None:
     if not case.has_adapters:
         return None
     if entry.name in ("peft", "use_peft"):
-        given = {_LORA[name] for name in case.values if name in _LORA}
+        given = {LORA[name] for name in case.values if name in LORA}
         rest: Fields = [(f"{section}.r", 16)] if "r" not in given else []
         if "dropout" not in given and not case.is_ppo:
             rest.append((f"{section}.dropout", 0.05))
         return rest or None
-    name = _LORA[entry.name]
+    name = LORA[entry.name]
     if name == "dropout" and case.is_ppo:
         if plain(value) in (0, None):
             return None

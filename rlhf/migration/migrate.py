@@ -19,7 +19,7 @@ from rlhf.config.section import expand_nested
 from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.migration.case import Case, Fields, batches, plain
-from rlhf.migration.convert import Refused, convert
+from rlhf.migration.convert import LORA, Refused, convert
 from rlhf.migration.names import Entry, Outcome, defaults, find, nearest
 from rlhf.migration.read import Given
 from rlhf.migration.secrets import holds_secret, is_secret_name
@@ -158,12 +158,45 @@ def _without_secrets(given: Given, result: Migration) -> Given:
 
 
 def _convert_all(given: Given, result: Migration) -> None:
-    case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
+    case = _case(given)
     for name, value in given.values.items():
         _convert_one(case, given, name, value, result)
     for name in given.computed:
         entry = find(given.tool, given.order, name)
-        _add(result, given, name, "", "computed", {}, _computed_text(name, entry))
+        to = entry.to.replace("*", given.trainer) if entry else ""
+        _add(result, given, name, "", "computed", {}, _computed_text(name, to))
+    if case.has_adapters:
+        _add_adapters(case, given, result)
+
+
+def _case(given: Given) -> Case:
+    return Case(
+        given.tool, given.trainer, given.kind, given.order, given.values, given.calls_lora
+    )  # fmt: skip
+
+
+def _add_adapters(case: Case, given: Given, result: Migration) -> None:
+    """Write what peft takes for adapters by default, and tell what differs here."""
+    section = f"{given.trainer}.lora"
+    if case.has_lora_class:
+        values: dict[str, Any] = {"r": 8, "alpha": 8, "dropout": 0.0}
+        unknown = {LORA[name] for name in given.computed if name in LORA} - {"r"}
+        reason = "by default in peft's LoraConfig, and not changed there:"
+        for name, value in values.items():
+            dotted = f"{section}.{name}"
+            if name not in unknown and dotted not in result.choices:
+                result.choices[dotted] = Choice(dotted, value, reason)
+                reason = ""
+    targets = ("target_modules", "lora_target_modules")
+    is_known = any(case.value(name) is not None or name in given.computed for name in targets)
+    field_name = f"{section}.target_modules"
+    if not is_known and field_name not in result.choices:
+        text = ("is not given: peft took the model's attention layers alone; all-linear is ours; "
+                "name theirs (q_proj,v_proj and such) to train as few")  # fmt: skip
+        reason = f"changed in meaning: target_modules {text}"
+        result.choices[field_name] = Choice(field_name, "all-linear", reason)
+        becomes = {field_name: "all-linear"}
+        _add(result, given, "target_modules", "", "changed", becomes, text)
 
 
 def _convert_one(case: Case, given: Given, name: str, value: Any, result: Migration) -> None:
@@ -258,7 +291,7 @@ def _add_defaults(given: Given, result: Migration) -> None:
     """Write the values that held there by default and differ from ours."""
     name = TOOLS[given.tool]
     values = defaults(given.tool, given.kind)
-    case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
+    case = _case(given)
     adds_batches = given.kind != "ppo" or given.tool == "trl"
     if adds_batches and not _BATCH_NAMES & given.values.keys():
         values |= dict(batches(case))
@@ -362,11 +395,11 @@ def _add_notes(trainers: set[str], result: Migration) -> None:
         )
 
 
-def _computed_text(name: str, entry: Entry | None) -> str:
+def _computed_text(name: str, to: str) -> str:
     if name == "**":
         return "arguments from a mapping, which only running the file would tell; write them out"
-    to = f"; write it as {entry.to}" if entry and entry.to else ""
-    return f"is computed, and the file is not run{to}"
+    cure = f"; write it as {to}" if to else ""
+    return f"has no single value that is written out, and the file is not run{cure}"
 
 
 def _add(

@@ -194,6 +194,34 @@ def test_arguments_of_trl_up_to_0_11(tmp_path):
     assert fates(result)["target_kl"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("LoraConfig()", (8, 8, 0.0)),
+        ("LoraConfig(lora_alpha=16)", (8, 16, 0.0)),
+        ("LoraConfig(r=16)", (16, 8, 0.0)),
+        ("LoraConfig(r=RANK, lora_dropout=0.1)", (8, 8, 0.1)),
+    ],
+)
+def test_adapters_of_peft_have_its_defaults(tmp_path, call, expected):
+    source = f"args = SFTConfig(learning_rate=1e-4)\npeft_config = {call}\n"
+    result = of_file(tmp_path, "sft.py", source)
+    lora = loaded(result, tmp_path).sft.lora
+    assert lora is not None
+    assert (lora.r, lora.alpha, lora.dropout) == expected
+    assert fates(result)["target_modules"] == "changed"
+    if call == "LoraConfig()":
+        named = source.replace(call, "LoraConfig(target_modules='all-linear')")
+        assert fates(of_file(tmp_path, "named.py", named))["target_modules"] == "same"
+
+
+@pytest.mark.parametrize("task", ["llm:reward", "llm-reward", "lm_training:reward"])
+def test_a_task_names_the_trainer(tmp_path, task):
+    tree = {"task": task, "base_model": "a/b", "params": {"lr": 1e-5}, "data": {"path": "d"}}
+    config = loaded(of_file(tmp_path, "old.yaml", tree), tmp_path)
+    assert (config.reward_model.learning_rate, config.data.source) == (1e-5, "d")
+
+
 def test_environments_of_aitraining(tmp_path):
     env = {
         "reward_components": {
@@ -378,6 +406,30 @@ def test_a_shell_script_is_read_for_its_command(tmp_path):
     assert fates(variables) == {"kl_coef": "computed", "total_episodes": "changed"}
 
 
+@pytest.mark.parametrize("between", ["&&", ";", "||", "|", "&", "2>&1 | tee log &&", "> log ;"])
+def test_commands_of_one_line_are_read_apart(tmp_path, between):
+    line = (
+        "python sft.py --packing --num_train_epochs 2 --learning_rate 2e-5 "
+        f"{between} python reward_modeling.py --learning_rate 3e-5 2>err\n"
+    )
+    config = loaded(of_file(tmp_path, "two.sh", line), tmp_path)
+    assert (config.sft.learning_rate, config.sft.epochs) == (2e-5, 2.0)
+    assert (config.reward_model.learning_rate, config.reward_model.epochs) == (3e-5, 3.0)
+
+
+def test_redirections_are_no_values(tmp_path):
+    quoted = "python ppo.py --kl_coef 0.3 --run_name 'a > b; c' --total_episodes 64 2>&1 | tee x\n"
+    result = of_file(tmp_path, "pipe.sh", f"nohup {quoted}")
+    assert (result.config.name, result.config.ppo.total_episodes) == ("a-b-c", 64)
+
+
+def test_an_option_whose_name_begins_with_no_is_not_switched_off(tmp_path):
+    result = of_words("python sft.py --packing --no_cuda")
+    assert loaded(result, tmp_path).runtime.device == "cpu"
+    other = of_words("python ppo.py --kl_coef 0.1 --no_whiten_rewards --no-gradient-checkpointing")
+    assert loaded(other, tmp_path).ppo.gradient_checkpointing is False
+
+
 def test_python_is_read_and_never_run(tmp_path):
     marker = tmp_path / "ran"
     source = (
@@ -396,6 +448,31 @@ def test_python_is_read_and_never_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("source", "unknown"),
+    [
+        ("if big:\n  a = SFTConfig(learning_rate=1e-3, seed=1, num_train_epochs=9)\n"
+         "else:\n  a = SFTConfig(learning_rate=1e-5, seed=1)\n",
+         {"learning_rate", "num_train_epochs"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\na.learning_rate = 1e-6\n", {"learning_rate"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\na.learning_rate *= 2\na.weight_decay = 1\n",
+         {"learning_rate", "weight_decay"}),
+        ("self.a = SFTConfig(learning_rate=1e-3, seed=1)\nsetattr(self.a, 'learning_rate', 1)\n",
+         {"learning_rate"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\nb = replace(a, learning_rate=1)\n",
+         {"learning_rate"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\nt.args.learning_rate = 2\nt.seed = 3\n",
+         {"learning_rate"}),
+    ],
+)  # fmt: skip
+def test_what_python_changes_later_has_no_value(tmp_path, source, unknown):
+    result = of_file(tmp_path, "train.py", source)
+    told = fates(result)
+    assert {name for name, fate in told.items() if fate == "computed"} == unknown
+    assert told["seed"] == "same"
+    assert loaded(result, tmp_path).sft.learning_rate == 2e-5  # TRL's default
+
+
+@pytest.mark.parametrize(
     ("name", "content", "error"),
     [
         ("a.yaml", "kl_coef: 1\nkl_coef: 2\n", "stands there twice"),
@@ -411,6 +488,9 @@ def test_python_is_read_and_never_run(tmp_path):
         ("a.yaml", "colour: red\n", "no argument of AITraining or TRL"),
         ("a.yaml", "learning_rate: 1\n", "--trainer"),
         ("a.yaml", "kl_coef: 1\npacking: true\n", "several trainers"),
+        *(("a.yaml", f"task: {task}\nbase_model: a/b\nparams: {{lr: 1e-5}}\n", f"task = '{task}'")
+          for task in ("llm:dpo", "llm-dpo", "seq2seq", "dreambooth")),
+        ("a.sh", "aitraining seq2seq --train --lr 1e-5\n", "aitraining seq2seq has no equal"),
         ("a.yaml", "trainer: dpo\ndpo_beta: 0.1\n", "trainer = 'dpo' has no equal"),
         ("a.json", "{", "can't be read"),
         ("a.sh", "python dpo.py --beta 1\n", "dpo has no equal"),
