@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from rlhf.migration.names import OLD_PPO, Tool, Trainer, find
@@ -52,6 +51,16 @@ class Case:
         """Processes that the launcher starts."""
         each = max(self.number("num_processes"), self.number("nproc_per_node"))
         return each if "num_processes" in self.values else each * self.number("nnodes")
+
+    @property
+    def unknown_processes(self) -> str:
+        """The option that hides how many processes were started, or empty."""
+        for name in ("num_processes", "nproc_per_node"):
+            if name in self:
+                value = self.value(name)
+                is_number = isinstance(value, int) and not isinstance(value, bool)
+                return "" if is_number else f"--{name} {value}"
+        return "--config_file" if "config_file" in self else ""
 
     @property
     def has_adapters(self) -> bool:
@@ -108,6 +117,12 @@ def batches(case: Case) -> Fields:
     return fields
 
 
+def is_data_file(name: str) -> bool:
+    """Return whether a dataset is a file, not one of a hub, whose name may hold dots too."""
+    return re.search(r"\.(csv|tsv|jsonl|ndjson|json|parquet|arrow)(\.(gz|zst|bz2|xz))?$", name,
+                     re.I) is not None  # fmt: skip
+
+
 def sources(case: Case) -> Fields:
     """Return the source that a dataset becomes: pairs, demonstrations or prompts."""
     name = str(case.values.get("data_path") or case.values.get("dataset_name") or "")
@@ -117,7 +132,7 @@ def sources(case: Case) -> Fields:
         config, _, split = split.partition(":")
     if not name:
         return []
-    if config and not PurePath(name).suffix:
+    if config and not is_data_file(name):
         name = f"{name}:{config}"
     if case.trainer == "reward_model":
         return [("data.source", name), *([("data.hub_split", str(split))] if split else [])]

@@ -19,7 +19,7 @@ from rlhf.config.section import expand_nested
 from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.migration.case import Case, Fields, batches, plain
-from rlhf.migration.convert import LORA, Refused, convert
+from rlhf.migration.convert import LORA, Partly, Refused, convert
 from rlhf.migration.names import Entry, Outcome, defaults, find, nearest
 from rlhf.migration.read import Given
 from rlhf.migration.secrets import holds_secret, is_secret_name
@@ -223,9 +223,12 @@ def _convert_value(
     try:
         fields = convert(case, entry, value[0])
     except Refused as refusal:
-        fate: Fate = "broken" if entry.outcome == "broken" else "none"
+        is_broken = refusal.was_ignored or entry.outcome == "broken"
+        fate: Fate = "broken" if is_broken else "none"
         _add(result, given, entry.name, value[1], fate, {}, str(refusal))
         return
+    if isinstance(fields, Partly):
+        _add(result, given, entry.name, fields.rest, "none", {}, fields.why)
     if not fields and entry.how:
         result.silent += 1
         return
@@ -297,6 +300,12 @@ def _add_defaults(given: Given, result: Migration) -> None:
         values |= dict(batches(case))
     if "lr_scheduler_type" in given.values or "scheduler" in given.values:
         values.pop("ppo.lr_final_fraction", None)  # decided with the schedule
+    if hidden := case.unknown_processes:
+        size = "ppo.chunk_size" if case.is_ppo else f"{given.trainer}.batch_size"
+        result.notes.append(
+            f"{hidden} does not tell how many processes there were: {size} is counted for one "
+            f"process; multiply it by their number, and set {given.trainer}.processes"
+        )
     reason = f"by default in {name}, and not changed there:"
     for dotted, value in values.items():
         if dotted not in result.choices:

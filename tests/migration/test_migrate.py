@@ -222,6 +222,67 @@ def test_a_task_names_the_trainer(tmp_path, task):
     assert (config.reward_model.learning_rate, config.data.source) == (1e-5, "d")
 
 
+@pytest.mark.parametrize(
+    ("tree", "expected", "fate"),
+    [
+        ({"penalty_reward_value": -2}, None, "broken"),
+        ({"penalty_reward_value": -2, "non_eos_penalty": False}, None, "broken"),
+        ({"penalty_reward_value": -2, "non_eos_penalty": True}, 2.0, "changed"),
+        ({"non_eos_penalty": True}, 1.0, None),
+    ],
+)
+def test_the_penalty_of_old_replies_needs_its_switch(tmp_path, tree, expected, fate):
+    result = of_file(tmp_path, "ppo.yaml", {"kl_coef": 0.1, **tree})
+    ppo = loaded(result, tmp_path).ppo
+    assert fates(result).get("penalty_reward_value") == fate
+    if expected is None:
+        assert "ppo.missing_eos_penalty" not in result.choices
+    else:
+        assert (ppo.missing_eos, ppo.missing_eos_penalty) == ("replace", expected)
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.1}, {"warmup_steps": 100}])
+@pytest.mark.parametrize("trainer", ["sft", "ppo"])
+def test_a_constant_schedule_had_no_warm_up(tmp_path, trainer, warmup):
+    tree = {"lr_scheduler_type": "constant", "total_episodes": 1000, **warmup}
+    if trainer == "sft":
+        del tree["total_episodes"]
+    result = of_file(tmp_path, "old.yaml", tree, trainer=trainer)
+    config = loaded(result, tmp_path)
+    assert (config.sft.warmup_ratio if trainer == "sft" else config.ppo.lr_warmup_updates) == 0
+    assert fates(result)[next(iter(warmup))] == "broken"
+    kept = {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1}
+    assert (
+        loaded(of_file(tmp_path, "k.yaml", kept, trainer="sft"), tmp_path).sft.warmup_ratio == 0.1
+    )
+
+
+def test_a_hub_dataset_whose_name_has_a_dot_keeps_its_config(tmp_path):
+    tree = {"dataset_name": "org/data-v1.1", "dataset_config": "harmless", "packing": True}
+    config = loaded(of_file(tmp_path, "hub.yaml", tree), tmp_path)
+    assert config.data.sft_source[0].source == "org/data-v1.1:harmless"
+    for name in ({"dataset_name": "talks.jsonl"}, {"dataset_name": None}):
+        assert fates(of_file(tmp_path, "x.yaml", {**tree, **name}))["dataset_config"] == "none"
+
+
+def test_trackers_that_are_unknown_are_told(tmp_path):
+    result = of_file(tmp_path, "t.yaml", {"kl_coef": 0.1, "report_to": ["wandb", "comet_ml"]})
+    assert loaded(result, tmp_path).tracking.trackers == ("wandb",)
+    assert any(described(f).startswith("report_to = comet_ml: no tracker") for f in result.findings)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["accelerate launch --config_file a.yaml", "torchrun --nproc_per_node gpu",
+     "torchrun --nproc_per_node $N"],
+)  # fmt: skip
+def test_an_unknown_number_of_processes_is_told(launcher):
+    result = of_words(f"{launcher} sft.py --packing --per_device_train_batch_size 4")
+    assert any("counted for one process" in note for note in result.notes)
+    known = of_words("torchrun --nproc_per_node 2 sft.py --packing")
+    assert not any("one process" in note for note in known.notes)
+
+
 def test_environments_of_aitraining(tmp_path):
     env = {
         "reward_components": {
