@@ -31,12 +31,14 @@ prints the same for programs:
 - **no equal here**: with the nearest thing.
 - **refused by this configuration**: the value is outside of the bounds here, or contradicts
   another; it is left out.
-- **not known without running it**: variables of a shell, and computed values in Python.
+- **not known without running it**: variables of a shell, and in Python what is computed, assigned
+  to the object after its call, or said differently by several calls of the class.
 - **not understood**: names that neither tool has, with the most similar one that it has.
 
 Values that held there by default and differ from ours are written too, so that a training does not
-change by the way. Arguments of the old tool's default that say nothing are counted. **Credentials**
-are neither copied nor shown, whatever their name: keys and tokens stand in the environment
+change by the way; of LoRA those of the class that was called, `ModelConfig` or peft's `LoraConfig`.
+Arguments of the old tool's default that say nothing are counted. **Credentials** are neither copied
+nor shown, whatever their name, also in an address: keys and tokens stand in the environment
 (`HF_TOKEN`, `WANDB_API_KEY`).
 
 Every run needs preference pairs, also one that takes a ready reward model: a gate approves it on

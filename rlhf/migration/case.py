@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from rlhf.migration.names import OLD_PPO, Tool, Trainer, find
@@ -25,6 +24,8 @@ class Case:
     order: tuple[str, ...]
     """Classes whose defaults hold."""
     values: Mapping[str, Any]
+    calls_lora: bool = False
+    """True if peft's `LoraConfig` is called."""
 
     @property
     def is_ppo(self) -> bool:
@@ -52,9 +53,25 @@ class Case:
         return each if "num_processes" in self.values else each * self.number("nnodes")
 
     @property
+    def unknown_processes(self) -> str:
+        """The option that hides how many processes were started, or empty."""
+        for name in ("num_processes", "nproc_per_node"):
+            if name in self:
+                value = self.value(name)
+                is_number = isinstance(value, int) and not isinstance(value, bool)
+                return "" if is_number else f"--{name} {value}"
+        return "--config_file" if "config_file" in self else ""
+
+    @property
     def has_adapters(self) -> bool:
         """Whether LoRA is trained."""
-        return bool(self.value("peft") is True or self.value("use_peft") is True or "r" in self)
+        return self.value("peft") is True or self.value("use_peft") is True or self.has_lora_class
+
+    @property
+    def has_lora_class(self) -> bool:
+        """Whether the adapters are those of peft's `LoraConfig`, whose defaults are its own."""
+        is_class = self.calls_lora or "r" in self
+        return is_class and self.tool == "trl" and self.value("use_peft") is not True
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -100,6 +117,12 @@ def batches(case: Case) -> Fields:
     return fields
 
 
+def is_data_file(name: str) -> bool:
+    """Return whether a dataset is a file, not one of a hub, whose name may hold dots too."""
+    return re.search(r"\.(csv|tsv|jsonl|ndjson|json|parquet|arrow)(\.(gz|zst|bz2|xz))?$", name,
+                     re.I) is not None  # fmt: skip
+
+
 def sources(case: Case) -> Fields:
     """Return the source that a dataset becomes: pairs, demonstrations or prompts."""
     name = str(case.values.get("data_path") or case.values.get("dataset_name") or "")
@@ -109,7 +132,7 @@ def sources(case: Case) -> Fields:
         config, _, split = split.partition(":")
     if not name:
         return []
-    if config and not PurePath(name).suffix:
+    if config and not is_data_file(name):
         name = f"{name}:{config}"
     if case.trainer == "reward_model":
         return [("data.source", name), *([("data.hub_split", str(split))] if split else [])]

@@ -16,7 +16,7 @@ from rlhf.config.fields import field_types
 from rlhf.config.pipeline import Tracker
 from rlhf.config.section import union_members
 from rlhf.limits import load_json
-from rlhf.migration.case import Case, Fields, batches, plain, sources
+from rlhf.migration.case import Case, Fields, batches, is_data_file, plain, sources
 from rlhf.migration.names import Entry
 
 #: Trackers here, by the names of transformers' integrations.
@@ -26,7 +26,7 @@ _SCHEDULERS = {
     "constant_with_warmup": "constant",
 }  # fmt: skip
 #: Fields of `lora` by the names of TRL and AITraining.
-_LORA = {
+LORA = {
     "lora_r": "r", "r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "lora_target_modules": "target_modules", "target_modules": "target_modules",
     "use_rslora": "use_rslora",
@@ -37,6 +37,19 @@ _LENGTH_WORDS = 100.0
 
 class Refused(Exception):
     """A value has no equal here; the text says why, or what to do."""
+
+    def __init__(self, text: str, *, was_ignored: bool = False) -> None:
+        super().__init__(text)
+        self.was_ignored = was_ignored
+        """True if the old tool ignored it too."""
+
+
+class Partly(list[tuple[str, Any]]):
+    """Fields of a value of which a part has no equal."""
+
+    def __init__(self, fields: Fields, rest: str, why: str) -> None:
+        super().__init__(fields)
+        self.rest, self.why = rest, why
 
 
 def convert(case: Case, entry: Entry, value: Any) -> Fields | None:
@@ -91,6 +104,10 @@ def _name(case: Case, entry: Entry, value: Any) -> Fields:
 
 
 def _data(case: Case, entry: Entry, value: Any) -> Fields:
+    if entry.name == "dataset_config" and plain(value) is not None:
+        name = case.values.get("dataset_name")
+        if not name or is_data_file(str(name)):
+            raise Refused(f"is of a hub dataset, and {'a file' if name else 'none'} is given")
     return sources(case)
 
 
@@ -162,11 +179,26 @@ def _scheduler(case: Case, entry: Entry, value: Any) -> Fields:
         raise Refused("is no schedule here; linear, cosine and constant are")
     # transformers' schedules end at 0.
     ends: Fields = [] if name == "constant" or not case.is_ppo else [("ppo.lr_final_fraction", 0.0)]
+    if _ignores_warmup(case):
+        ends.append(("ppo.lr_warmup_updates" if case.is_ppo else f"{case.trainer}.warmup_ratio", 0))
     return [(_field(case, entry), name), *ends]
+
+
+def _ignores_warmup(case: Case) -> bool:
+    """Whether the schedule is transformers' `constant`, which has no warm-up."""
+    given = [str(case.values.get(name)).lower() for name in ("lr_scheduler_type", "scheduler")]
+    return "constant" in given
+
+
+def _refuse_warmup(case: Case, value: Any) -> None:
+    if value and _ignores_warmup(case):
+        text = "transformers' schedule constant ignores it; with constant_with_warmup it is written"
+        raise Refused(text, was_ignored=True)
 
 
 def _warmup_ratio(case: Case, entry: Entry, value: Any) -> Fields:
     ratio = plain(value)
+    _refuse_warmup(case, ratio)
     if not case.is_ppo:
         return [(_field(case, entry), ratio)]
     if ratio == 0:
@@ -181,6 +213,7 @@ def _warmup_ratio(case: Case, entry: Entry, value: Any) -> Fields:
 
 def _warmup_steps(case: Case, entry: Entry, value: Any) -> Fields:
     steps = plain(value)
+    _refuse_warmup(case, steps)
     if isinstance(steps, float) and 0 < steps < 1:  # of transformers 5: a share of the steps
         return _warmup_ratio(case, entry, steps)
     if case.is_ppo:
@@ -228,7 +261,10 @@ def _trackers(case: Case, entry: Entry, value: Any) -> Fields:
     known = [name for name in names if name in TRACKERS]
     if not known:
         raise Refused(f"is no tracker here; {', '.join(TRACKERS)} are")
-    return [("tracking.trackers", known)]
+    rest = [name for name in names if name not in (*TRACKERS, "none", "")]
+    why = f"no tracker here; {', '.join(TRACKERS)} are"
+    fields: Fields = [("tracking.trackers", known)]
+    return Partly(fields, ", ".join(rest), why) if rest else fields
 
 
 def _lora(case: Case, entry: Entry, value: Any) -> Fields | None:
@@ -236,12 +272,12 @@ def _lora(case: Case, entry: Entry, value: Any) -> Fields | None:
     if not case.has_adapters:
         return None
     if entry.name in ("peft", "use_peft"):
-        given = {_LORA[name] for name in case.values if name in _LORA}
+        given = {LORA[name] for name in case.values if name in LORA}
         rest: Fields = [(f"{section}.r", 16)] if "r" not in given else []
         if "dropout" not in given and not case.is_ppo:
             rest.append((f"{section}.dropout", 0.05))
         return rest or None
-    name = _LORA[entry.name]
+    name = LORA[entry.name]
     if name == "dropout" and case.is_ppo:
         if plain(value) in (0, None):
             return None
@@ -331,8 +367,12 @@ def _stop_token(case: Case, entry: Entry, value: Any) -> Fields | None:
     raise Refused(entry.why)
 
 
-def _penalty(case: Case, entry: Entry, value: Any) -> Fields:
-    size = plain(value)
+def _penalty(case: Case, entry: Entry, value: Any) -> Fields | None:
+    if case.value("non_eos_penalty") is not True:
+        if entry.name == "non_eos_penalty":
+            return None
+        raise Refused("was read with non_eos_penalty: true alone", was_ignored=True)
+    size = case.value("penalty_reward_value")
     if not isinstance(size, int | float) or size > 0:
         raise Refused("rewards a reply that does not end; penalties alone are possible here")
     return [("ppo.missing_eos", "replace"), ("ppo.missing_eos_penalty", abs(float(size)))]
@@ -381,6 +421,8 @@ def _processes(case: Case, entry: Entry, value: Any) -> Fields | None:
     count = plain(value)
     if count in (1, None):
         return None
+    if not isinstance(count, int):
+        raise Refused(f"is no number; set {case.trainer}.processes")
     if entry.name == "num_processes" and isinstance(count, int):  # of all machines
         count = max(1, count // case.number("num_machines"))
     return [(_field(case, entry), count)]

@@ -19,10 +19,10 @@ from rlhf.config.section import expand_nested
 from rlhf.config.text import shown_value
 from rlhf.errors import ConfigError
 from rlhf.migration.case import Case, Fields, batches, plain
-from rlhf.migration.convert import Refused, convert
+from rlhf.migration.convert import LORA, Partly, Refused, convert
 from rlhf.migration.names import Entry, Outcome, defaults, find, nearest
 from rlhf.migration.read import Given
-from rlhf.migration.secrets import is_secret
+from rlhf.migration.secrets import holds_secret, is_secret_name
 from rlhf.plain_text import one_line, shortened
 from rlhf.proposal.choice import Choice, as_yaml, tree_of
 
@@ -104,6 +104,7 @@ def migrate(found: Sequence[Given]) -> Migration:
         ConfigError: Nothing of them can be used.
     """
     result = Migration()
+    found = [_without_secrets(_only_said(given, result), result) for given in found]
     # The reward model last: its base is one of its own if it is another than the policy's.
     order = ("sft", "ppo", "reward_model")
     for given in sorted(found, key=lambda given: order.index(given.trainer)):
@@ -118,26 +119,89 @@ def migrate(found: Sequence[Given]) -> Migration:
     return result
 
 
-def _convert_all(given: Given, result: Migration) -> None:
-    case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
+def _only_said(given: Given, result: Migration) -> Given:
+    """Return arguments without those that a tool wrote by itself with their defaults.
+
+    Conversions look at other arguments too, for which these must count as not given.
+    """
+    if not given.is_dump:
+        return given
+    said: dict[str, Any] = {}
     for name, value in given.values.items():
         entry = find(given.tool, given.order, name)
-        if given.is_dump and entry is not None and plain(value) == entry.was:
+        # The model is written in any case: without it ours would be trained from scratch.
+        if entry is None or plain(value) != entry.was or name == "model":
+            said[name] = value
+        else:
             result.silent += 1
-            continue
+    return replace(given, values=said)
+
+
+def _without_secrets(given: Given, result: Migration) -> Given:
+    """Return arguments without credentials, so that no conversion sees them."""
+    rest: dict[str, Any] = {}
+    for name, value in given.values.items():
+        entry = find(given.tool, given.order, name)
+        is_marked = entry.secret if entry else is_secret_name(name)
+        if is_marked and value is None and entry:
+            result.silent += 1
+        elif is_marked or holds_secret(value):
+            why = (
+                entry.why
+                if entry and entry.secret
+                else "looks like a credential; set it in the environment"
+            )
+            _add(result, given, name, "", "none", {}, f"not copied: {why}")
+        else:
+            rest[name] = value
+    return replace(given, values=rest)
+
+
+def _convert_all(given: Given, result: Migration) -> None:
+    case = _case(given)
+    for name, value in given.values.items():
         _convert_one(case, given, name, value, result)
     for name in given.computed:
         entry = find(given.tool, given.order, name)
-        _add(result, given, name, "", "computed", {}, _computed_text(name, entry))
+        to = entry.to.replace("*", given.trainer) if entry else ""
+        _add(result, given, name, "", "computed", {}, _computed_text(name, to))
+    if case.has_adapters:
+        _add_adapters(case, given, result)
+
+
+def _case(given: Given) -> Case:
+    return Case(
+        given.tool, given.trainer, given.kind, given.order, given.values, given.calls_lora
+    )  # fmt: skip
+
+
+def _add_adapters(case: Case, given: Given, result: Migration) -> None:
+    """Write what peft takes for adapters by default, and tell what differs here."""
+    section = f"{given.trainer}.lora"
+    if case.has_lora_class:
+        values: dict[str, Any] = {"r": 8, "alpha": 8, "dropout": 0.0}
+        unknown = {LORA[name] for name in given.computed if name in LORA} - {"r"}
+        reason = "by default in peft's LoraConfig, and not changed there:"
+        for name, value in values.items():
+            dotted = f"{section}.{name}"
+            if name not in unknown and dotted not in result.choices:
+                result.choices[dotted] = Choice(dotted, value, reason)
+                reason = ""
+    targets = ("target_modules", "lora_target_modules")
+    is_known = any(case.value(name) is not None or name in given.computed for name in targets)
+    field_name = f"{section}.target_modules"
+    if not is_known and field_name not in result.choices:
+        text = ("is not given: peft took the model's attention layers alone; all-linear is ours; "
+                "name theirs (q_proj,v_proj and such) to train as few")  # fmt: skip
+        reason = f"changed in meaning: target_modules {text}"
+        result.choices[field_name] = Choice(field_name, "all-linear", reason)
+        becomes = {field_name: "all-linear"}
+        _add(result, given, "target_modules", "", "changed", becomes, text)
 
 
 def _convert_one(case: Case, given: Given, name: str, value: Any, result: Migration) -> None:
     """Record what becomes of one argument."""
     entry = find(given.tool, given.order, name)
-    if is_secret(name, value) or (entry is not None and entry.secret):
-        why = entry.why if entry else "looks like a credential; set it in the environment"
-        _add(result, given, name, "", "none", {}, f"not copied: {why}")
-        return
     shown = shortened(_shown(value), 80)
     if entry is None:
         near = nearest(given.tool, given.order, name)
@@ -159,9 +223,12 @@ def _convert_value(
     try:
         fields = convert(case, entry, value[0])
     except Refused as refusal:
-        fate: Fate = "broken" if entry.outcome == "broken" else "none"
+        is_broken = refusal.was_ignored or entry.outcome == "broken"
+        fate: Fate = "broken" if is_broken else "none"
         _add(result, given, entry.name, value[1], fate, {}, str(refusal))
         return
+    if isinstance(fields, Partly):
+        _add(result, given, entry.name, fields.rest, "none", {}, fields.why)
     if not fields and entry.how:
         result.silent += 1
         return
@@ -227,12 +294,18 @@ def _add_defaults(given: Given, result: Migration) -> None:
     """Write the values that held there by default and differ from ours."""
     name = TOOLS[given.tool]
     values = defaults(given.tool, given.kind)
-    case = Case(given.tool, given.trainer, given.kind, given.order, given.values)
+    case = _case(given)
     adds_batches = given.kind != "ppo" or given.tool == "trl"
     if adds_batches and not _BATCH_NAMES & given.values.keys():
         values |= dict(batches(case))
     if "lr_scheduler_type" in given.values or "scheduler" in given.values:
         values.pop("ppo.lr_final_fraction", None)  # decided with the schedule
+    if hidden := case.unknown_processes:
+        size = "ppo.chunk_size" if case.is_ppo else f"{given.trainer}.batch_size"
+        result.notes.append(
+            f"{hidden} does not tell how many processes there were: {size} is counted for one "
+            f"process; multiply it by their number, and set {given.trainer}.processes"
+        )
     reason = f"by default in {name}, and not changed there:"
     for dotted, value in values.items():
         if dotted not in result.choices:
@@ -258,10 +331,23 @@ def _validate(result: Migration) -> None:
                 raise ConfigError(f"can't be converted: {explain(error, {})}") from None
             line = explain(error, {})
             value = result.choices.pop(culprit).value
+            _keep_adapters(culprit, value, result)
             findings = [_without(found, culprit, line, "refused") for found in result.findings]
             if all(found.text != line for found in findings):
                 findings.append(Finding(culprit, _shown(value), "refused", {}, line))
             result.findings = findings
+
+
+def _keep_adapters(culprit: str, value: Any, result: Migration) -> None:
+    """Write our rank where the last value of `lora` was refused: without one all is trained."""
+    section, is_lora, _ = culprit.partition(".lora.")
+    rank = f"{section}.lora.r"
+    if (
+        is_lora
+        and value != 16
+        and not any(n.startswith(f"{section}.lora.") for n in result.choices)
+    ):
+        result.choices[rank] = Choice(rank, 16, "LoRA was asked for; what was given is refused")
 
 
 def _culprit(error: ValidationError, result: Migration) -> str | None:
@@ -318,11 +404,11 @@ def _add_notes(trainers: set[str], result: Migration) -> None:
         )
 
 
-def _computed_text(name: str, entry: Entry | None) -> str:
+def _computed_text(name: str, to: str) -> str:
     if name == "**":
         return "arguments from a mapping, which only running the file would tell; write them out"
-    to = f"; write it as {entry.to}" if entry and entry.to else ""
-    return f"is computed, and the file is not run{to}"
+    cure = f"; write it as {to}" if to else ""
+    return f"has no single value that is written out, and the file is not run{cure}"
 
 
 def _add(
@@ -330,7 +416,7 @@ def _add(
     text: str,
 ) -> None:  # fmt: skip
     # A value without its option stands in the place of a name.
-    name = "(not shown)" if is_secret("", name) else shortened(name, 80)
+    name = "(not shown)" if holds_secret(name) else shortened(name, 80)
     result.findings.append(Finding(name, value, fate, becomes, one_line(text), given.origin))
 
 

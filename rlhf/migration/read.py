@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from rlhf.migration.names import (
 )
 from rlhf.migration.python_source import CLASSES, read_calls
 from rlhf.migration.words import find_commands, is_command, parse_command
-from rlhf.plain_text import one_line
+from rlhf.plain_text import one_line, shortened
 
 #: Trainers by AITraining's names of them.
 _TRAINERS: Mapping[str, Trainer] = {
@@ -56,6 +57,8 @@ class Given:
     """Name of the file, or empty."""
     is_dump: bool = False
     """True if the file holds all defaults too."""
+    calls_lora: bool = False
+    """True if peft's `LoraConfig` is called."""
     notes: Sequence[str] = ()
     """What else the file holds, and is left out."""
 
@@ -168,8 +171,10 @@ def _from_command(words: Sequence[str], trainer: Trainer | None, origin: str) ->
     line = parse_command(words)
     values = dict(line.options)
     if line.tool == "aitraining":
+        if line.other:
+            raise ConfigError(f"{one_line(line.other)} has no equal here; aitraining llm has one")
         if "config" in values:
-            raise ConfigError(f"--config {values['config']}: give that file to rlhf migrate")
+            raise ConfigError("--config: give the file that it names to rlhf migrate")
         return _aitraining(values, trainer, origin)
     if line.other:
         raise ConfigError(f"{line.other} has no equal here; SFT, reward models and PPO have one")
@@ -178,7 +183,7 @@ def _from_command(words: Sequence[str], trainer: Trainer | None, origin: str) ->
 
 def _from_python(text: str, trainer: Trainer | None, origin: str) -> list[Given]:
     calls = read_calls(text)
-    groups = {group for group, _, _ in calls.values} | {group for group, _ in calls.computed}
+    groups = calls.classes
     if not groups:
         # A shell command may stand in a comment or docstring; only calls are read.
         raise ConfigError(f"calls none of {', '.join(CLASSES)}; give the file that does")
@@ -197,7 +202,8 @@ def _from_python(text: str, trainer: Trainer | None, origin: str) -> list[Given]
         own = {group for group in groups if CLASSES.get(group) in (None, each)}
         values = {name: value for group, name, value in calls.values if group in own}
         names = [name for group, name in calls.computed if group in own]
-        found.append(_trl(values, (), each, origin, names))
+        one = _trl(values, (), each, origin, names)
+        found.append(replace(one, calls_lora="LoraConfig" in groups))
     return found
 
 
@@ -205,7 +211,14 @@ def _aitraining(
     values: Mapping[str, Any], trainer: Trainer | None, origin: str, computed: Sequence[str] = ()
 ) -> Given:
     # `task: llm-sft` of the older form; `task: llm` tells nothing.
-    task = str(values.get("task") or "").partition("-")[2]
+    whole = str(values.get("task") or "llm").strip().lower()
+    kind, *rest = re.split("[-:]", whole, maxsplit=1)
+    task = rest[0] if rest else ""
+    if kind not in ("llm", "lm_training") or (task and task not in _TRAINERS):
+        raise ConfigError(
+            f"task = {one_line(shortened(whole, 80))!r} has no equal here; SFT, reward models and "
+            "PPO (llm:sft, llm:reward, llm:ppo) have one"
+        )
     name = str(values.get("trainer") or task or "default").strip().lower()
     if trainer is None and name not in _TRAINERS:
         raise ConfigError(

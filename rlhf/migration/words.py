@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from rlhf.migration.names import Tool, Trainer
+from rlhf.migration.names import Tool, Trainer, tables
+from rlhf.migration.secrets import holds_secret
 
 #: Commands of AITraining, by its name today and before.
 _AITRAINING = ("aitraining", "autotrain")
 _LAUNCHERS = ("accelerate", "torchrun", "python", "python3", "trl", "uv", "deepspeed")
+#: Words of a shell that stand before a command.
+_BEFORE = ("then", "do", "else", "if", "time", "nohup", "exec", "env", "(", "{", "!")
 #: Trainers by what names of scripts and of `trl`'s commands hold.
 _SCRIPTS: tuple[tuple[str, Trainer], ...] = (
     ("ppo", "ppo"), ("reward", "reward_model"), ("rm", "reward_model"), ("sft", "sft"),
@@ -55,25 +58,60 @@ def find_commands(text: str) -> list[list[str]]:
     for line in joined.splitlines():
         if "--" not in line:
             continue
-        words = shlex.split(line, comments=True)
+        several = list(_commands_of(line))
+        words = several[0] if several else []
         if words and words[0].startswith("--"):
-            raise ValueError(f"{words[0]!r} begins a line; end the line before it with a backslash")
-        if words and is_command(words):
-            commands.append(words)
+            # Without its value, which may be a credential.
+            name = words[0].partition("=")[0]
+            name = "an option" if holds_secret(name) else repr(name)
+            raise ValueError(f"{name} begins a line; end the line before it with a backslash")
+        commands += [
+            words for words in several
+            if is_command(words) and any(word.startswith("--") for word in words)
+        ]  # fmt: skip
     return commands
+
+
+def _commands_of(line: str) -> Iterator[list[str]]:
+    """Yield the commands of a line of a shell, without redirections."""
+    # The number of a redirected stream, as in `2>&1`, would be a word of its own.
+    lexer = shlex.shlex(
+        re.sub(r"(?<=\s)\d(?=[<>])", "", line), posix=True, punctuation_chars=";<>|&"
+    )
+    lexer.whitespace_split = True
+    words: list[str] = []
+    is_target = False
+    for word in lexer:
+        if not set(word) <= set(";<>|&"):
+            words += [] if is_target else [word]
+            is_target = False
+        elif word and ("<" in word or ">" in word):
+            is_target = True
+        elif word:
+            yield _without_keywords(words)
+            words, is_target = [], False
+    yield _without_keywords(words)
+
+
+def _without_keywords(words: Sequence[str]) -> list[str]:
+    """Return a command without the words of the shell before it, such as `then`."""
+    start = next((i for i, word in enumerate(words) if word not in _BEFORE), len(words))
+    return list(words[start:])
 
 
 def parse_command(words: Sequence[str]) -> CommandLine:
     """Take a command line apart."""
     rest = _without_variables(words)
     if PurePath(rest[0]).name in _AITRAINING:
-        return CommandLine("aitraining", [*_options(rest[1:])])
+        kind = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "llm"
+        other = "" if kind in ("llm", "lm_training") else f"{rest[0]} {kind}"
+        return CommandLine("aitraining", [*_options(rest[1:], "aitraining")], other=other)
     before, script, after = _parts(rest)
     name = PurePath(script).stem
     matches: list[Trainer] = [told for part, told in _SCRIPTS if part in _parts_of(name)]
     trainer = next(iter(matches), None)
     other = name if trainer is None and _OTHERS.search(name) else ""
-    return CommandLine("trl", [*_options(after)], [*_options(before)], trainer, other)
+    return CommandLine("trl", [*_options(after, "trl")], [*_options(before, "trl")], trainer, other)
 
 
 def _without_variables(words: Sequence[str]) -> list[str]:
@@ -97,7 +135,7 @@ def _parts_of(name: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", name.lower()))
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _options(words: Sequence[str], tool: Tool) -> Iterator[tuple[str, Any]]:
     """Yield options with their values; words that belong to no option are passed over."""
     rest = list(words)
     while rest:
@@ -109,6 +147,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         while not equals and rest and not re.match(r"--?[A-Za-z]", rest[0]):
             values.append(rest.pop(0))
         value: Any = values[0] if len(values) == 1 else values or True
-        if not values and name.startswith(("no-", "no_")):
+        is_known = any(name.replace("-", "_") in group for group in tables(tool).values())
+        if not values and not is_known and name.startswith(("no-", "no_")):
             name, value = name[3:], False
         yield name.replace("-", "_"), value

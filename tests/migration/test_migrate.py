@@ -12,9 +12,10 @@ import yaml
 
 from rlhf.config import load_config
 from rlhf.errors import ConfigError
-from rlhf.migration.migrate import Migration, described, migrate
+from rlhf.migration.migrate import TOOLS, Migration, described, migrate
 from rlhf.migration.names import AITRAINING, ORDERS, tables
 from rlhf.migration.read import read_arguments
+from rlhf.migration.secrets import is_secret_name
 
 #: The command of TRL's examples/scripts/ppo/ppo.py, as its docstring has it, with a launcher's
 #: number of processes.
@@ -193,6 +194,95 @@ def test_arguments_of_trl_up_to_0_11(tmp_path):
     assert fates(result)["target_kl"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("LoraConfig()", (8, 8, 0.0)),
+        ("LoraConfig(lora_alpha=16)", (8, 16, 0.0)),
+        ("LoraConfig(r=16)", (16, 8, 0.0)),
+        ("LoraConfig(r=RANK, lora_dropout=0.1)", (8, 8, 0.1)),
+    ],
+)
+def test_adapters_of_peft_have_its_defaults(tmp_path, call, expected):
+    source = f"args = SFTConfig(learning_rate=1e-4)\npeft_config = {call}\n"
+    result = of_file(tmp_path, "sft.py", source)
+    lora = loaded(result, tmp_path).sft.lora
+    assert lora is not None
+    assert (lora.r, lora.alpha, lora.dropout) == expected
+    assert fates(result)["target_modules"] == "changed"
+    if call == "LoraConfig()":
+        named = source.replace(call, "LoraConfig(target_modules='all-linear')")
+        assert fates(of_file(tmp_path, "named.py", named))["target_modules"] == "same"
+
+
+@pytest.mark.parametrize("task", ["llm:reward", "llm-reward", "lm_training:reward"])
+def test_a_task_names_the_trainer(tmp_path, task):
+    tree = {"task": task, "base_model": "a/b", "params": {"lr": 1e-5}, "data": {"path": "d"}}
+    config = loaded(of_file(tmp_path, "old.yaml", tree), tmp_path)
+    assert (config.reward_model.learning_rate, config.data.source) == (1e-5, "d")
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected", "fate"),
+    [
+        ({"penalty_reward_value": -2}, None, "broken"),
+        ({"penalty_reward_value": -2, "non_eos_penalty": False}, None, "broken"),
+        ({"penalty_reward_value": -2, "non_eos_penalty": True}, 2.0, "changed"),
+        ({"non_eos_penalty": True}, 1.0, None),
+    ],
+)
+def test_the_penalty_of_old_replies_needs_its_switch(tmp_path, tree, expected, fate):
+    result = of_file(tmp_path, "ppo.yaml", {"kl_coef": 0.1, **tree})
+    ppo = loaded(result, tmp_path).ppo
+    assert fates(result).get("penalty_reward_value") == fate
+    if expected is None:
+        assert "ppo.missing_eos_penalty" not in result.choices
+    else:
+        assert (ppo.missing_eos, ppo.missing_eos_penalty) == ("replace", expected)
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.1}, {"warmup_steps": 100}])
+@pytest.mark.parametrize("trainer", ["sft", "ppo"])
+def test_a_constant_schedule_had_no_warm_up(tmp_path, trainer, warmup):
+    tree = {"lr_scheduler_type": "constant", "total_episodes": 1000, **warmup}
+    if trainer == "sft":
+        del tree["total_episodes"]
+    result = of_file(tmp_path, "old.yaml", tree, trainer=trainer)
+    config = loaded(result, tmp_path)
+    assert (config.sft.warmup_ratio if trainer == "sft" else config.ppo.lr_warmup_updates) == 0
+    assert fates(result)[next(iter(warmup))] == "broken"
+    kept = {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1}
+    assert (
+        loaded(of_file(tmp_path, "k.yaml", kept, trainer="sft"), tmp_path).sft.warmup_ratio == 0.1
+    )
+
+
+def test_a_hub_dataset_whose_name_has_a_dot_keeps_its_config(tmp_path):
+    tree = {"dataset_name": "org/data-v1.1", "dataset_config": "harmless", "packing": True}
+    config = loaded(of_file(tmp_path, "hub.yaml", tree), tmp_path)
+    assert config.data.sft_source[0].source == "org/data-v1.1:harmless"
+    for name in ({"dataset_name": "talks.jsonl"}, {"dataset_name": None}):
+        assert fates(of_file(tmp_path, "x.yaml", {**tree, **name}))["dataset_config"] == "none"
+
+
+def test_trackers_that_are_unknown_are_told(tmp_path):
+    result = of_file(tmp_path, "t.yaml", {"kl_coef": 0.1, "report_to": ["wandb", "comet_ml"]})
+    assert loaded(result, tmp_path).tracking.trackers == ("wandb",)
+    assert any(described(f).startswith("report_to = comet_ml: no tracker") for f in result.findings)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["accelerate launch --config_file a.yaml", "torchrun --nproc_per_node gpu",
+     "torchrun --nproc_per_node $N"],
+)  # fmt: skip
+def test_an_unknown_number_of_processes_is_told(launcher):
+    result = of_words(f"{launcher} sft.py --packing --per_device_train_batch_size 4")
+    assert any("counted for one process" in note for note in result.notes)
+    known = of_words("torchrun --nproc_per_node 2 sft.py --packing")
+    assert not any("one process" in note for note in known.notes)
+
+
 def test_environments_of_aitraining(tmp_path):
     env = {
         "reward_components": {
@@ -222,6 +312,29 @@ def test_a_file_with_all_defaults_says_only_what_differs(tmp_path):
     assert [f.name for f in result.findings] == ["model", "data_path", "lr"]
     assert result.silent == len(params) - 3
     assert loaded(result, tmp_path).sft.learning_rate == 1e-4
+
+
+def test_defaults_in_a_file_with_all_of_them_count_as_not_given(tmp_path):
+    params = {name: entry.was for name, entry in tables("aitraining")["LLMTrainingParams"].items()}
+    params |= {"trainer": "sft", "model": "gpt2", "data_path": "talks.jsonl", "peft": True}
+    config = loaded(of_file(tmp_path, "all.json", json.dumps(params)), tmp_path)
+    assert config.sft.lora is not None
+    assert (config.sft.lora.r, config.sft.lora.alpha, config.sft.lora.dropout) == (16, 32, 0.05)
+    # Two rows, accumulated four times.
+    assert (config.sft.batch_size, config.sft.micro_batch_size) == (8, 2)
+    params |= {"trainer": "ppo", "rl_reward_model_path": "reward"}
+    ppo = loaded(of_file(tmp_path, "ppo.json", json.dumps(params)), tmp_path).ppo
+    assert ppo.lora is not None
+    assert ppo.lr_final_fraction == 0.0
+    params |= {"trainer": "sft", "lora_r": 64, "model": "google/gemma-3-270m"}
+    config = loaded(of_file(tmp_path, "r.json", json.dumps(params)), tmp_path)
+    assert config.base.path == "google/gemma-3-270m"
+    assert config.sft.lora is not None
+    assert (config.sft.lora.r, config.sft.lora.dropout) == (64, 0.05)
+    # A rank that is refused doesn't make a training of all weights.
+    refused = of_file(tmp_path, "zero.yaml", {"trainer": "sft", "peft": True, "lora_r": 0,
+                                              "lora_dropout": 3, "lr": 1e-5})  # fmt: skip
+    assert loaded(refused, tmp_path).sft.lora is not None
 
 
 @pytest.mark.parametrize(
@@ -283,6 +396,35 @@ SECRET, PASSWORD = "hf_abcdefghijklmnop", "open sesame"
         {"kl_coef": 0.1, "reward_model_path": f"https://me:{SECRET}@host/x", "run_name": SECRET},
         {"kl_coef": 0.1, "model_init_kwargs": {"token": SECRET}, "dataset_name": ["x", SECRET]},
         {"kl_coef": 0.1, SECRET: 1},
+        {
+            "kl_coef": 0.1,
+            "dataset_name": f"https://me:{PASSWORD[:4]}{SECRET}@host/x.jsonl",
+            "dataset_train_split": "train",
+            "dataset_config": "x",
+        },
+        {"kl_coef": 0.1, "dataset_name": "https://host/x.jsonl?sig=open sesame&X-Amz-Date=1"},
+        {"kl_coef": 0.1, "sft_model_path": "s3://b/m?X-Amz-Signature=open sesame"},
+        {"kl_coef": 0.1, "dataset_name": "https://host/x.jsonl?v=1&token=open sesame"},
+        *(
+            {"kl_coef": 0.1, name: PASSWORD}
+            for name in (
+                "new_token",
+                "access_tokens",
+                "hftoken",
+                "db_pwd",
+                "bearer",
+                "Authorization",
+                "access_token",
+                "hf-tokens",
+                "accessToken",
+                "eos_token_secret",
+            )
+        ),
+        *(
+            {"kl_coef": 0.1, "run_name": f"{start}{PASSWORD[:4]}1234abcd5678efgh open sesame"}
+            for start in ("glpat-", "xoxb-", "sk_live_", "AIza", "wandb_v1_", "ghp_", "hf_")
+        ),
+        {"kl_coef": 0.1, "zzz": '{"hub": {"token": "open sesame"}}'},
         {"kl_coef": 0.1, "my_api_key": PASSWORD, "db_password": PASSWORD, "token": PASSWORD},
     ],
 )
@@ -291,6 +433,22 @@ def test_credentials_are_neither_copied_nor_shown(tmp_path, tree):
     shown = [result.text("old.yaml"), *map(described, result.findings), *result.notes]
     shown.append(json.dumps([vars(finding) for finding in result.findings]))
     assert not any(secret in line for line in shown for secret in (SECRET, PASSWORD)), shown
+
+
+def test_an_option_that_begins_a_line_is_named_without_its_value(tmp_path):
+    (tmp_path / "t.sh").write_text(f"python sft.py --seed 1\n\n  --hub_token={SECRET}\n")
+    with pytest.raises(ConfigError, match="'--hub_token' begins a line") as raised:
+        read_arguments([str(tmp_path / "t.sh")])
+    assert SECRET not in str(raised.value)
+
+
+def test_names_of_tokens_of_texts_are_no_credentials():
+    entries = [e for tool in TOOLS for group in tables(tool).values() for e in group.values()]
+    marked = {entry.name for entry in entries if is_secret_name(entry.name)}
+    assert marked == {entry.name for entry in entries if entry.secret and "token" in entry.name}
+    for name in ("eos_token", "pad_token_id", "min_new_tokens", "num_tokens", "tokens_per_second",
+                 "dataset_key", "keyword", "author"):  # fmt: skip
+        assert not is_secret_name(name), name
 
 
 def test_a_shell_script_is_read_for_its_command(tmp_path):
@@ -307,6 +465,30 @@ def test_a_shell_script_is_read_for_its_command(tmp_path):
     assert any("another command was left out" in note for note in both.notes)
     variables = of_file(tmp_path, "v.sh", "python ppo.py --kl_coef $KL --total_episodes 64\n")
     assert fates(variables) == {"kl_coef": "computed", "total_episodes": "changed"}
+
+
+@pytest.mark.parametrize("between", ["&&", ";", "||", "|", "&", "2>&1 | tee log &&", "> log ;"])
+def test_commands_of_one_line_are_read_apart(tmp_path, between):
+    line = (
+        "python sft.py --packing --num_train_epochs 2 --learning_rate 2e-5 "
+        f"{between} python reward_modeling.py --learning_rate 3e-5 2>err\n"
+    )
+    config = loaded(of_file(tmp_path, "two.sh", line), tmp_path)
+    assert (config.sft.learning_rate, config.sft.epochs) == (2e-5, 2.0)
+    assert (config.reward_model.learning_rate, config.reward_model.epochs) == (3e-5, 3.0)
+
+
+def test_redirections_are_no_values(tmp_path):
+    quoted = "python ppo.py --kl_coef 0.3 --run_name 'a > b; c' --total_episodes 64 2>&1 | tee x\n"
+    result = of_file(tmp_path, "pipe.sh", f"nohup {quoted}")
+    assert (result.config.name, result.config.ppo.total_episodes) == ("a-b-c", 64)
+
+
+def test_an_option_whose_name_begins_with_no_is_not_switched_off(tmp_path):
+    result = of_words("python sft.py --packing --no_cuda")
+    assert loaded(result, tmp_path).runtime.device == "cpu"
+    other = of_words("python ppo.py --kl_coef 0.1 --no_whiten_rewards --no-gradient-checkpointing")
+    assert loaded(other, tmp_path).ppo.gradient_checkpointing is False
 
 
 def test_python_is_read_and_never_run(tmp_path):
@@ -327,6 +509,31 @@ def test_python_is_read_and_never_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("source", "unknown"),
+    [
+        ("if big:\n  a = SFTConfig(learning_rate=1e-3, seed=1, num_train_epochs=9)\n"
+         "else:\n  a = SFTConfig(learning_rate=1e-5, seed=1)\n",
+         {"learning_rate", "num_train_epochs"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\na.learning_rate = 1e-6\n", {"learning_rate"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\na.learning_rate *= 2\na.weight_decay = 1\n",
+         {"learning_rate", "weight_decay"}),
+        ("self.a = SFTConfig(learning_rate=1e-3, seed=1)\nsetattr(self.a, 'learning_rate', 1)\n",
+         {"learning_rate"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\nb = replace(a, learning_rate=1)\n",
+         {"learning_rate"}),
+        ("a = SFTConfig(learning_rate=1e-3, seed=1)\nt.args.learning_rate = 2\nt.seed = 3\n",
+         {"learning_rate"}),
+    ],
+)  # fmt: skip
+def test_what_python_changes_later_has_no_value(tmp_path, source, unknown):
+    result = of_file(tmp_path, "train.py", source)
+    told = fates(result)
+    assert {name for name, fate in told.items() if fate == "computed"} == unknown
+    assert told["seed"] == "same"
+    assert loaded(result, tmp_path).sft.learning_rate == 2e-5  # TRL's default
+
+
+@pytest.mark.parametrize(
     ("name", "content", "error"),
     [
         ("a.yaml", "kl_coef: 1\nkl_coef: 2\n", "stands there twice"),
@@ -342,6 +549,9 @@ def test_python_is_read_and_never_run(tmp_path):
         ("a.yaml", "colour: red\n", "no argument of AITraining or TRL"),
         ("a.yaml", "learning_rate: 1\n", "--trainer"),
         ("a.yaml", "kl_coef: 1\npacking: true\n", "several trainers"),
+        *(("a.yaml", f"task: {task}\nbase_model: a/b\nparams: {{lr: 1e-5}}\n", f"task = '{task}'")
+          for task in ("llm:dpo", "llm-dpo", "seq2seq", "dreambooth")),
+        ("a.sh", "aitraining seq2seq --train --lr 1e-5\n", "aitraining seq2seq has no equal"),
         ("a.yaml", "trainer: dpo\ndpo_beta: 0.1\n", "trainer = 'dpo' has no equal"),
         ("a.json", "{", "can't be read"),
         ("a.sh", "python dpo.py --beta 1\n", "dpo has no equal"),
