@@ -237,12 +237,14 @@ def reward_model_ignores_prompt(facts: Facts) -> Finding | None:
     """Find a reward model to which a good reply to another prompt is as good."""
     probe = mapping(mapping(facts.reward_model.get("probes")).get("other_prompt"))
     rises, high = value_of(probe.get("rises")), value_of(probe.get("rises_high"))
-    if rises is None or high is None or high <= 0.5:
-        return None
+    # Of many replies an interval may lie between that bound and a half.
     is_certain = (value_of(probe.get("rises_low")) or 0) > PROMPT_UNREAD
+    if rises is None or high is None or (high <= 0.5 and not is_certain):
+        return None
+    reads = "may not read" if not is_certain else "does not read" if high > 0.5 else "hardly reads"
     return Finding(
         "reward_model_ignores_prompt", "warning" if is_certain else "note",
-        f"The reward model {'does not read' if is_certain else 'may not read'} the prompt: a good "
+        f"The reward model {reads} the prompt: a good "
         f"reply to another one scores higher in {share_with_interval(probe, 'rises')} of "
         f"{_count(probe)} replies.",
         _of_a_ready_one(facts)
