@@ -73,7 +73,11 @@ def watchdog_stopped(facts: Facts) -> Finding | None:
         update = value_of(stopped.get("update"))
         when = "" if update is None else f" after update {number(int(update))}"
         planned = STOP_CURES.get(name, (("raise", "ppo.kl_coef"), ("lower", "ppo.learning_rate")))
-        cure = ", or ".join(f"{does} {facts.now(field)}" for does, field in planned)
+        cure = ", or ".join(
+            # An adaptive controller moves the coefficient to its target, whatever its start.
+            facts.stay_closer if field == "ppo.kl_coef" else f"{does} {facts.now(field)}"
+            for does, field in planned
+        )
         evidence = str(stopped.get("evidence") or "").strip().rstrip(".")
         return Finding(
             "watchdog_stopped", "serious" if chosen == 0 else "warning",
