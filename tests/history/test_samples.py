@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 
@@ -172,3 +174,30 @@ def test_a_comparisons_folder_has_replies_too(made, refs, as_json, tmp_path):
     (tmp_path / "compared").mkdir()
     write_json(tmp_path / "compared/samples.json", [sample("p", -1.0)])
     assert [r["gain"] for r in as_json(samples, "compared")] == [-1.0]
+
+
+def test_a_folder_needs_no_store(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLHF_WORK_DIR", str(tmp_path / "work"))
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    (tmp_path / "compared").mkdir()
+    write_json(tmp_path / "compared/samples.json", [sample("p", -1.0)])
+    samples("compared", json=True)
+    assert [row["gain"] for row in json.loads(capsys.readouterr().out)] == [-1.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["compared"]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path, capsys):
+    rows = [
+        {**sample("nan", 0.0), "reward_after": math.nan, "disagreement": math.inf},
+        {**sample("huge", 0.0), "reward_before": -1e308, "reward_after": 1e308},
+    ]
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    samples(str(tmp_path), json=True, all=True)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    nan, huge = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (nan["reward_after"], nan["disagreement"], nan["gain"]) == (None, None, None)
+    assert (huge["reward_after"], huge["gain"]) == (1e308, None)
