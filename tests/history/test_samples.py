@@ -14,6 +14,7 @@ from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import write_json
 from rlhf.report import RunOutcome
 from rlhf.report.replies import all_replies, contradicted, lost, ordered
+from rlhf.report.samples import listed_samples, sorted_cards
 from tasks.console import console
 from tasks.run_record import new_record, write_record
 from tests.history.conftest import HOSTILE, sample
@@ -69,6 +70,17 @@ def test_orders():
         ordered(every, "gold")
     with pytest.raises(ConfigError, match="is no order; choose one of lost, reward"):
         ordered(every, "wrost")
+
+
+def test_the_page_orders_by_the_length_of_whole_replies():
+    long = [sample(f"p{size}", gain, after="a" * size)
+            for gain, size in ((1.0, 9000), (4.0, 30000), (3.0, 5), (2.0, 12000))]  # fmt: skip
+    cards = sorted_cards(listed_samples(long), of=4)
+    assert cards is not None
+    ranks = {card.prompt: style.split("--longest:")[1].split(";")[0] for card, style in cards.cards}
+    assert ranks == {"p30000": "0", "p12000": "1", "p9000": "2", "p5": "3"}
+    texts = [reply.text for card, _ in cards.cards for reply in card.replies]
+    assert max(map(len, texts)) < 2100
 
 
 def test_without_a_judge_members_disagree_and_without_members_nothing_does():
