@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 #: How a run's summary on Prefect's server tells where its report is stored.
 _PULL = re.compile(r"rlhf artifacts pull ([0-9a-f]{12}) report --store (\S+)")
 DATA = "report.json"
+#: Name, outcome and reason of the run, where a report was asked for.
+_NO_RUN = ("", "", "")
 
 
 def show(
@@ -45,14 +47,41 @@ def show(
     """
     from rlhf.report.stored_overview import read_report
 
-    path = _find(run, records_folder(work_dir), store, config)
+    path, asked = _find(run, records_folder(work_dir), store, config)
     report = read_report(path)
+    name, note = asked[0] or report.run_name, _not_its_own(report, *asked)
     page = path.with_suffix(".html")
     where = str(page if page.is_file() else path)
     if json:
-        console.print(dumps(_facts(report, where), indent=1), soft_wrap=True)
-    else:
-        _print(report, where)
+        facts = {"run": name, **_facts(report, where), "note": note}
+        console.print(dumps(facts, indent=1), soft_wrap=True)
+        return
+    if note:
+        say(note, "yellow")
+    _print(report, where)
+
+
+def _not_its_own(report: StoredReport, name: str, outcome: str, reason: str) -> str:
+    """Return whose report it is, in one line, if it is not of the run that was asked for.
+
+    Runs of the same artifacts, configuration and outcome have one page, which the last one wrote.
+
+    Raises:
+        ArtifactMissing: It is that of a run with another outcome.
+    """
+    other = report.run_name
+    if name in ("", other):
+        return ""
+    if outcome not in ("", report.outcome):
+        raise ArtifactMissing(
+            one_line(
+                f"{name}: no report to show: the run ended as {outcome}, and its page is now that "
+                f"of {other}, which ended as {report.outcome}; rlhf show {other}"
+            )
+        )
+    is_other = reason not in ("", one_line(report.reason))
+    own = f"; its own reason: {reason}" if is_other else ""
+    return one_line(f"{name} has the same result as {other}, whose report this is{own}")
 
 
 def _facts(report: StoredReport, page: str) -> dict[str, Any]:
@@ -87,21 +116,25 @@ def _local(moment: str) -> str:
         return moment
 
 
-def _find(text: str, folder: Path, store: str | None, config: Path | None) -> Path:
-    """Return the JSON file of the report that a text names.
+def _find(
+    text: str, folder: Path, store: str | None, config: Path | None
+) -> tuple[Path, tuple[str, str, str]]:  # fmt: skip
+    """Return the JSON file of the report that a text names; name, outcome and reason of its run.
+
+    They are empty as far as the text names a report, or nothing is known.
 
     Raises:
         ArtifactMissing: No run is called that, or it has no report.
         ConfigError: Several are, or the server does not answer.
     """
     if text and (file := _file(text)) is not None:
-        return file
+        return file, _NO_RUN
     if store is not None or config is not None or is_digest_prefix(text):
-        return _stored(text, store, config)
+        return _stored(text, store, config), _NO_RUN
     records = read_records(folder)
     record = find_record(records, text) if text else next(iter(records), None)
     if record is not None:
-        return _of_record(record)
+        return _of_record(record), (record.name, record.state, record.reason)
     check_settings()
     from prefect.settings import PREFECT_API_URL
 
@@ -156,8 +189,8 @@ def _stored(text: str, store: str | None, config: Path | None) -> Path:
     return opened.fetch(ref, [DATA]) / DATA
 
 
-def _on_server(text: str) -> Path:
-    """Return the report of a run on Prefect's server, whose summary tells the store.
+def _on_server(text: str) -> tuple[Path, tuple[str, str, str]]:
+    """Return the report of a run on Prefect's server, whose summary tells the store, and its name.
 
     Raises:
         ArtifactMissing: There is no such run, it has no report, or that is not reachable here.
@@ -172,4 +205,5 @@ def _on_server(text: str) -> Path:
         raise ArtifactMissing(
             one_line(f"{run.name}: no report to show: the run is {state}; rlhf status {run.name}")
         )
-    return _stored(found[1], found[2], None)
+    # A run whose stages were all cached has the stored report of the run that it repeats.
+    return _stored(found[1], found[2], None), (run.name, "", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
@@ -78,7 +79,7 @@ def samples(
     work_dir
         Work folder with the records of this machine's runs; as configured by default.
     """
-    from tasks.evaluations import find_evaluation
+    from tasks.evaluations import evaluation_folder, find_evaluation
 
     given = [name for name, on in (("--lost", lost), ("--disagree", disagree),
                                    ("--longest", longest), ("--all", all)) if on]  # fmt: skip
@@ -86,14 +87,17 @@ def samples(
         raise ConfigError(f"{' and '.join(given)} are both given; give one of them")
     if sort is not None and sort not in ORDERS:
         raise ConfigError(f"--sort {sort!r} is no order; choose one of {', '.join(ORDERS)}")
-    opened, name = open_for_run(run, store, config, work_dir)
-    found = find_evaluation(name, opened)
+    found = evaluation_folder(run)
+    if found is None:
+        opened, name = open_for_run(run, store, config, work_dir)
+        found = find_evaluation(name, opened)
     replies = all_replies(found.samples)
     chosen = _chosen(replies, given[0] if given else "", sort)
     most = len(chosen) if n is None and (all or json) else (n or SHOWN)
     if json:
         rows = [_as_json(reply) for reply in chosen[:most]]
-        console.print(dumps(rows, indent=1, ensure_ascii=True), soft_wrap=True)
+        text = dumps(rows, indent=1, ensure_ascii=True, allow_nan=False)
+        console.print(text, soft_wrap=True)
         return
     _summarise(found.label, replies, len(chosen), given)
     for number_, reply in enumerate(chosen[:most], 1):
@@ -188,7 +192,16 @@ def _signed(value: float) -> str:
 
 def _as_json(reply: Reply) -> dict[str, Any]:
     row = {key: value for key, value in reply.row.items() if key != "kinds"}
-    return {
+    return _finite({
         **row, "sample": reply.sample, "gain": reply.gain, "decided_by": reply.decided_by,
         "characters": reply.length,
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null in place of numbers that are not finite, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -119,9 +119,8 @@ def find_evaluation(text: str, store: Store) -> StoredEvaluation:
         ArtifactMissing: Nothing is called that, or its policy was not evaluated.
         ConfigError: Several runs are, or an artifact of another kind.
     """
-    folder = expand_home(text)
-    if is_file(folder / SAMPLES):
-        return StoredEvaluation(text, folder)
+    if (own := evaluation_folder(text)) is not None:
+        return own
     ref = _artifact(text, store)
     if ref is None:
         found = find_report(text, store)
@@ -145,6 +144,12 @@ def find_evaluation(text: str, store: Store) -> StoredEvaluation:
         f"{text}: policy {digest[:12]} has no evaluation in {store.uri}; an SFT policy has none; "
         "`rlhf compare` samples two policies anew, and --out keeps all replies"
     )
+
+
+def evaluation_folder(text: str) -> StoredEvaluation | None:
+    """Return the evaluation in a folder, which needs no store; None if it is no such folder."""
+    folder = expand_home(text)
+    return StoredEvaluation(text, folder) if is_file(folder / SAMPLES) else None
 
 
 def evaluation_of(found: StoredReport, store: Store) -> StoredEvaluation | None:

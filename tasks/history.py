@@ -39,6 +39,8 @@ _FROM_EVALUATION = {
 }
 #: Endings of a metric and of the bounds of its interval.
 _ENDS = ("", "_low", "_high")
+#: Metrics of an entry that are an evaluation's.
+_EVALUATED = {f"{name}{end}" for name in _FROM_EVALUATION for end in _ENDS}
 #: Name of the judge's win rate over the champion, which counts where it was measured.
 _CHAMPION_BY_JUDGE = "champion.judge_win_rate"
 #: Line of a report that names none, which is the default's.
@@ -186,7 +188,12 @@ def _promoted(
         outcome = ROLLED_BACK
     elif promotion.run is None:
         outcome = BY_HAND
-    values: dict[str, Any] = vars(known) if known else _from_artifacts(promotion, artifacts)
+    # A policy may have been evaluated again: the promotion rests on its verdict's evaluation.
+    metrics = _of_verdict(promotion, artifacts)
+    values: dict[str, Any] = vars(known) if known else {}
+    if metrics:
+        others = {k: v for k, v in values.get("metrics", {}).items() if k not in _EVALUATED}
+        values = {**values, "metrics": {**others, **metrics}}
     if not is_own:
         # What was trained, and for how long, stands at the retraining.
         values = {**values, "data": None, "findings": (), "drift": (), "seconds": None}
@@ -201,12 +208,12 @@ def _promoted(
     )  # fmt: skip
 
 
-def _from_artifacts(promotion: Promotion, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Return what the store knows of a policy without a report: its evaluation's metrics."""
+def _of_verdict(promotion: Promotion, artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    """Return the metrics of the evaluation that a promotion's verdict judged, if it is stored."""
     verdict = artifacts.get(promotion.verdict or "")
     role = next((r for r, maker in GATE_POLICY.inputs.items() if maker == EVALUATE_POLICY.name), "")
     evaluation = artifacts.get(verdict.manifest.parents.get(role, "")) if verdict else None
-    return {"metrics": dict(_metrics(evaluation.manifest.metrics))} if evaluation else {}
+    return dict(_metrics(evaluation.manifest.metrics)) if evaluation else {}
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -14,8 +14,11 @@ from rlhf.report.symptoms import SEVERITIES, Facts, Finding
 #: All symptoms, in the order in which findings of one severity are shown: what the policy became,
 #: then how it came to that.
 SYMPTOMS: tuple[Callable[[Facts], Finding | None], ...] = (
+    policy.figures_not_finite,
     policy.reward_fell,
+    policy.loses_to_sft,
     policy.judge_disagrees,
+    policy.gold_prefers_sft,
     policy.eos_fell,
     policy.replies_cut,
     policy.kl_far,
@@ -25,6 +28,7 @@ SYMPTOMS: tuple[Callable[[Facts], Finding | None], ...] = (
     policy.replies_alike,
     policy.entropy_collapsed,
     policy.nothing_gained,
+    policy.loses_to_champion,
     training.reward_model_at_chance,
     training.reward_model_counts_words,
     training.reward_model_ignores_prompt,

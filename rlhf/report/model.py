@@ -148,6 +148,8 @@ class Sample(Plain):
     """Gold score of `champion`."""
     disagreement: float | None = None
     """How far the reward model's members differ on `after`, in deviations of the scores."""
+    characters: int | None = None
+    """Characters of `after` before a page cut it; None if it is whole."""
     kinds: tuple[str, ...] = ()
     """Why it was chosen: `disagree`, `lost`, `changed`."""
 

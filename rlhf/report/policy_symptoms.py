@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from rlhf.report.symptoms import (
     Facts,
@@ -47,7 +49,8 @@ def reward_fell(facts: Facts) -> Finding | None:
     if change is None or not certainty:
         return None
     verb = "fell" if certainty == "sure" else "may have fallen"
-    severity = "serious" if certainty == "sure" else "warning"
+    is_sure = certainty == "sure" or _is_lost(facts.sampled, "win_rate")
+    severity = "serious" if is_sure else "warning"
     text = f"The mean reward {verb} {moved(change, facts)}"
     if rate is not None and rate > 0.5:
         return Finding(
@@ -63,6 +66,96 @@ def reward_fell(facts: Facts) -> Finding | None:
         "reward_fell", severity, f"{text}{won}.",
         f"{capital(facts.stay_closer)} or lower {facts.now('ppo.learning_rate')}, so that PPO "
         "leaves the SFT policy less quickly.",
+    )  # fmt: skip
+
+
+def loses_to_sft(facts: Facts) -> Finding | None:
+    """Find a policy that loses most comparisons by the reward model, whatever its mean reward."""
+    if not _is_lost(facts.sampled, "win_rate") or reward_fell(facts) is not None:
+        return None  # a lower mean reward is told with the wins
+    change = facts.change("reward")
+    is_higher = change is not None and change.after > change.before
+    although = (
+        f", although the mean reward rose {moved(change, facts)}: many replies lose, and a few "
+        "gain much"
+        if change is not None and is_higher
+        else ""
+    )
+    return Finding(
+        "loses_to_sft", "serious",
+        f"Surely most comparisons with SFT are lost: {facts.wins()} are won by the reward model"
+        f"{although}.",
+        f"{capital(facts.stay_closer)} or lower {facts.now('ppo.learning_rate')}, read the replies "
+        "that lose most, and add {metric: sampled.win_rate, min: 0.5, on: low} to "
+        "gates.policy, so that such a policy is not promoted.",
+    )  # fmt: skip
+
+
+def gold_prefers_sft(facts: Facts) -> Finding | None:
+    """Find a policy that is surely worse than SFT by the true score that the data have."""
+    if not _is_lost(facts.sampled, "gold_win_rate"):
+        return None
+    return Finding(
+        "gold_prefers_sft", "serious",
+        f"By the gold score the policy got worse: {facts.wins('gold_')} of the comparisons with "
+        f"SFT are won, and {facts.wins()} by the reward model that trained it.",
+        f"Stop earlier by a lower {facts.now('ppo.total_episodes')}, {facts.stay_closer}, or train "
+        f"the reward model on more pairs and {facts.more_negatives}.",
+    )  # fmt: skip
+
+
+def loses_to_champion(facts: Facts) -> Finding | None:
+    """Find a policy that surely loses most comparisons with the champion of its line."""
+    champion = mapping(facts.policy.get("champion"))
+    scorers = (("gold_", "gold score"), ("judge_", "judge"), ("", "reward model"))
+    lost = [(prefix, by) for prefix, by in scorers if _is_lost(champion, f"{prefix}win_rate")]
+    if not lost:
+        return None
+    wins = " and ".join(
+        f"{share_with_interval(champion, f'{prefix}win_rate')} by the {by}" for prefix, by in lost
+    )
+    # The gate decides, which a configuration may have switched off.
+    is_off = "gates.champion" in facts.settings and facts.value("gates.champion") is None
+    gate = "switch gates.champion on, so that it stays" if is_off else "gates.champion decides"
+    return Finding(
+        "loses_to_champion", "warning",
+        f"Surely most comparisons with the champion are lost: {wins} are won.",
+        f"Keep the champion ({gate}); for the next run {facts.stay_closer}, or add newer pairs.",
+    )  # fmt: skip
+
+
+def _is_lost(metrics: Mapping[str, Any], name: str) -> bool:
+    """Return whether a win rate is surely below a half."""
+    rate, high = (value_of(metrics.get(f"{name}{end}")) for end in ("", "_high"))
+    return rate is not None and high is not None and high < 0.5
+
+
+def figures_not_finite(facts: Facts) -> Finding | None:
+    """Find an evaluation without the figures that tell what became of the policy."""
+    if not facts.policy:
+        return None
+    needed = {
+        "reward under SFT": "reward_before", "reward after PPO": "reward_after",
+        "win rate": "win_rate", "KL from SFT": "kl",
+    }  # fmt: skip
+    lacking = [words for words, name in needed.items() if facts.metric(name) is None]
+    # Of these there need be none, but one that was measured is a number.
+    measured = {"judge's win rate": "judge_win_rate", "gold win rate": "gold_win_rate",
+                "share of replies that end": "eos_rate"}  # fmt: skip
+    lacking += [
+        words
+        for words, name in measured.items()
+        if facts.sampled.get(name) is not None and facts.metric(name) is None
+    ]
+    if not lacking:
+        return None
+    return Finding(
+        "figures_not_finite", "serious",
+        f"Figures are missing or not finite: the evaluation has no usable {', '.join(lacking)}, so "
+        "that nothing shows whether the policy got better.",
+        f"Do not use this policy: lower {facts.now('ppo.learning_rate')} or "
+        f"{facts.now('ppo.max_grad_norm')}, and look in the curves where training stopped being "
+        "finite.",
     )  # fmt: skip
 
 
@@ -99,7 +192,10 @@ def judge_disagrees(facts: Facts) -> Finding | None:
 def eos_fell(facts: Facts) -> Finding | None:
     """Find replies that end by themselves less often than SFT's."""
     change = facts.change("eos_rate")
-    if change is None or change.before - change.after < EOS_DROP:
+    if change is None:
+        return None
+    is_below = change.after < EOS_LOW <= change.before
+    if change.before - change.after < EOS_DROP and not is_below:
         return None
     certainty = change.certainty(-1)
     if not certainty:
@@ -128,10 +224,12 @@ def _penalty(facts: Facts) -> str:
 
 
 def replies_cut(facts: Facts) -> Finding | None:
-    """Find replies that were cut off already under SFT, and still are."""
+    """Find replies that are cut off, also where fewer surely were under SFT."""
     before, after = facts.metric("eos_rate_before"), facts.metric("eos_rate")
-    if after is None or after >= EOS_LOW or (before is not None and before >= EOS_LOW):
+    if after is None or after >= EOS_LOW:
         return None
+    if before is not None and before >= EOS_LOW and eos_fell(facts) is not None:
+        return None  # that finding tells it
     start = "" if before is None else f", of SFT's replies {percent(before)}"
     return Finding(
         "replies_cut", "warning" if after < 0.5 else "note",

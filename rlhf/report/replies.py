@@ -54,8 +54,10 @@ class Reply:
 
     @property
     def length(self) -> int:
-        """Characters of the policy's reply."""
-        return len(str(self.row.get("after") or ""))
+        """Characters of the policy's reply, also of one that a page has cut."""
+        shown = len(str(self.row.get("after") or ""))
+        whole = number_of(self.row.get("characters"))
+        return shown if whole is None else max(shown, int(whole))
 
 
 def all_replies(rows: Sequence[Mapping[str, Any]]) -> list[Reply]:

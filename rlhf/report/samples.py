@@ -193,7 +193,10 @@ def _measured(every: Sequence[replies.Reply]) -> list[str]:
 def _sample(row: Mapping[str, Any]) -> Sample:
     known = {name: value for name, value in row.items() if name in Sample.model_fields}
     texts = {name: _cut(row[name]) for name in replies.SIDES if row.get(name) is not None}
-    return Sample(**{**known, **texts, "prompt": _cut(text_of(row["prompt"])), "kinds": ()})
+    # Cut texts are equally long, and would have no order by length.
+    whole = len(row["after"]) if len(row["after"]) > LONGEST_LISTED else None
+    more = {"prompt": _cut(text_of(row["prompt"])), "characters": whole, "kinds": ()}
+    return Sample(**{**known, **texts, **more})
 
 
 def _cut(text: str) -> str:

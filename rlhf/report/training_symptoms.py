@@ -73,7 +73,11 @@ def watchdog_stopped(facts: Facts) -> Finding | None:
         update = value_of(stopped.get("update"))
         when = "" if update is None else f" after update {number(int(update))}"
         planned = STOP_CURES.get(name, (("raise", "ppo.kl_coef"), ("lower", "ppo.learning_rate")))
-        cure = ", or ".join(f"{does} {facts.now(field)}" for does, field in planned)
+        cure = ", or ".join(
+            # An adaptive controller moves the coefficient to its target, whatever its start.
+            facts.stay_closer if field == "ppo.kl_coef" else f"{does} {facts.now(field)}"
+            for does, field in planned
+        )
         evidence = str(stopped.get("evidence") or "").strip().rstrip(".")
         return Finding(
             "watchdog_stopped", "serious" if chosen == 0 else "warning",
@@ -237,12 +241,14 @@ def reward_model_ignores_prompt(facts: Facts) -> Finding | None:
     """Find a reward model to which a good reply to another prompt is as good."""
     probe = mapping(mapping(facts.reward_model.get("probes")).get("other_prompt"))
     rises, high = value_of(probe.get("rises")), value_of(probe.get("rises_high"))
-    if rises is None or high is None or high <= 0.5:
-        return None
+    # Of many replies an interval may lie between that bound and a half.
     is_certain = (value_of(probe.get("rises_low")) or 0) > PROMPT_UNREAD
+    if rises is None or high is None or (high <= 0.5 and not is_certain):
+        return None
+    reads = "may not read" if not is_certain else "does not read" if high > 0.5 else "hardly reads"
     return Finding(
         "reward_model_ignores_prompt", "warning" if is_certain else "note",
-        f"The reward model {'does not read' if is_certain else 'may not read'} the prompt: a good "
+        f"The reward model {reads} the prompt: a good "
         f"reply to another one scores higher in {share_with_interval(probe, 'rises')} of "
         f"{_count(probe)} replies.",
         _of_a_ready_one(facts)

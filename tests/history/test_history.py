@@ -84,6 +84,19 @@ def test_entries_by_time(weeks, as_json):
     assert entries[2]["metrics"] == {"pairs": 150.0}
 
 
+def test_a_promotion_has_the_figures_of_its_own_verdict(made, as_json):
+    """A policy is evaluated twice, and promoted upon the second verdict."""
+    refs = made.run("one", day(1), RunOutcome.NOT_BETTER, evaluation=GOOD)
+    again = {f"sampled.{key}": value for key, value in {"win_rate": 0.4, "kl": 5.0}.items()}
+    evaluation = made.publish("evaluation", {}, {"policy": refs["train-policy"]}, **again)
+    parents = {"policy": refs["train-policy"], "evaluation": evaluation}
+    made.promote({**refs, "gate-policy": made.publish("verdict", {}, parents)})
+    retrained, promoted = (entry["metrics"] for entry in as_json(history))
+    assert (retrained["win_rate"], retrained["win_rate_low"]) == (0.7, 0.6)
+    # Nothing of the first evaluation is mixed in; the data are the same.
+    assert promoted == {"win_rate": 0.4, "kl": 5.0, "pairs": 100.0}
+
+
 def test_what_changed_in_the_data(weeks, as_json):
     entries = as_json(history, "default")
     assert entries[0]["changes"] == []

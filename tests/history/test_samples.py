@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 
@@ -12,6 +14,7 @@ from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import write_json
 from rlhf.report import RunOutcome
 from rlhf.report.replies import all_replies, contradicted, lost, ordered
+from rlhf.report.samples import listed_samples, sorted_cards
 from tasks.console import console
 from tasks.run_record import new_record, write_record
 from tests.history.conftest import HOSTILE, sample
@@ -67,6 +70,17 @@ def test_orders():
         ordered(every, "gold")
     with pytest.raises(ConfigError, match="is no order; choose one of lost, reward"):
         ordered(every, "wrost")
+
+
+def test_the_page_orders_by_the_length_of_whole_replies():
+    long = [sample(f"p{size}", gain, after="a" * size)
+            for gain, size in ((1.0, 9000), (4.0, 30000), (3.0, 5), (2.0, 12000))]  # fmt: skip
+    cards = sorted_cards(listed_samples(long), of=4)
+    assert cards is not None
+    ranks = {card.prompt: style.split("--longest:")[1].split(";")[0] for card, style in cards.cards}
+    assert ranks == {"p30000": "0", "p12000": "1", "p9000": "2", "p5": "3"}
+    texts = [reply.text for card, _ in cards.cards for reply in card.replies]
+    assert max(map(len, texts)) < 2100
 
 
 def test_without_a_judge_members_disagree_and_without_members_nothing_does():
@@ -172,3 +186,30 @@ def test_a_comparisons_folder_has_replies_too(made, refs, as_json, tmp_path):
     (tmp_path / "compared").mkdir()
     write_json(tmp_path / "compared/samples.json", [sample("p", -1.0)])
     assert [r["gain"] for r in as_json(samples, "compared")] == [-1.0]
+
+
+def test_a_folder_needs_no_store(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLHF_WORK_DIR", str(tmp_path / "work"))
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    (tmp_path / "compared").mkdir()
+    write_json(tmp_path / "compared/samples.json", [sample("p", -1.0)])
+    samples("compared", json=True)
+    assert [row["gain"] for row in json.loads(capsys.readouterr().out)] == [-1.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["compared"]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path, capsys):
+    rows = [
+        {**sample("nan", 0.0), "reward_after": math.nan, "disagreement": math.inf},
+        {**sample("huge", 0.0), "reward_before": -1e308, "reward_after": 1e308},
+    ]
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    samples(str(tmp_path), json=True, all=True)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    nan, huge = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (nan["reward_after"], nan["disagreement"], nan["gain"]) == (None, None, None)
+    assert (huge["reward_after"], huge["gain"]) == (1e308, None)

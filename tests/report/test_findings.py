@@ -76,6 +76,27 @@ def test_every_reason_to_stop_has_a_cure():
         assert all(field in found.cure for _, field in cures)
 
 
+def test_the_watchdogs_cures_follow_the_controller():
+    stopped = {"detector": "kl_above_budget", "update": 5}
+    adaptive = changed(
+        watchdog={"stopped": stopped, "chosen": 4}, settings={"ppo.kl_controller": "adaptive"}
+    )
+    (found,) = find(facts(adaptive))
+    assert found.cure.startswith("Lower ppo.kl_target (now 6), or lower ppo.learning_rate")
+
+
+def test_a_fall_that_is_likely_and_not_sure_is_a_warning():
+    parts = changed(
+        policy__sampled={
+            "win_rate": 0.5, "win_rate_low": 0.45, "win_rate_high": 0.55, "reward_before": -0.5,
+            "reward_after": -0.91, "reward_difference_low": -1.01, "reward_difference_high": 0.19,
+        }
+    )  # fmt: skip
+    assert [(f.symptom, f.severity) for f in find(facts(parts))] == [
+        ("reward_fell", "warning"), ("no_gain", "warning"),
+    ]  # fmt: skip
+
+
 def test_cures_follow_the_settings():
     def cure(**settings: Any) -> str:
         parts = measured("eos_rate", 0.95, 0.4, 0.06)
