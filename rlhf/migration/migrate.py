@@ -146,11 +146,8 @@ def _without_secrets(given: Given, result: Migration) -> Given:
         if is_marked and value is None and entry:
             result.silent += 1
         elif is_marked or holds_secret(value):
-            why = (
-                entry.why
-                if entry and entry.secret
-                else "looks like a credential; set it in the environment"
-            )
+            why = "holds what looks like a credential; keep that in the environment"
+            why = entry.why if entry and entry.secret else why
             _add(result, given, name, "", "none", {}, f"not copied: {why}")
         else:
             rest[name] = value

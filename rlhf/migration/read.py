@@ -24,6 +24,7 @@ from rlhf.migration.names import (
     trainers_of,
 )
 from rlhf.migration.python_source import CLASSES, read_calls
+from rlhf.migration.secrets import holds_secret
 from rlhf.migration.words import find_commands, is_command, parse_command
 from rlhf.plain_text import one_line, shortened
 
@@ -172,7 +173,8 @@ def _from_command(words: Sequence[str], trainer: Trainer | None, origin: str) ->
     values = dict(line.options)
     if line.tool == "aitraining":
         if line.other:
-            raise ConfigError(f"{one_line(line.other)} has no equal here; aitraining llm has one")
+            what = "that command" if holds_secret(line.other) else one_line(line.other)
+            raise ConfigError(f"{what} has no equal here; aitraining llm has one")
         if "config" in values:
             raise ConfigError("--config: give the file that it names to rlhf migrate")
         return _aitraining(values, trainer, origin)
