@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from rlhf.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Tick, nice_ticks, tick_label
 from rlhf.report.model import OUTCOMES, Look, RunOutcome
 from rlhf.report.render import environment
+from rlhf.report.symptoms import value_of
 from rlhf.report.text import (
     MISSING,
     duration,
     interval,
     moment,
     number,
-    number_of,
     percent,
     percent_range,
     short,
@@ -204,8 +204,8 @@ def figures_of(entry: Entry) -> Iterator[tuple[str, str]]:
         yield "KL", number(metrics["kl"])
     if "eos_rate" in metrics:
         yield "EOS", percent(metrics["eos_rate"])
-    if "pairs" in metrics:
-        yield "Pairs", number(int(metrics["pairs"]))
+    if (pairs := value_of(metrics.get("pairs"))) is not None:
+        yield "Pairs", number(int(pairs))
     if entry.seconds is not None:
         yield "Time", duration(entry.seconds)
 
@@ -241,7 +241,7 @@ def _panel(
     known = [
         (at, value, entry)
         for entry in entries
-        if (value := number_of(entry.metrics.get(key))) is not None
+        if (value := value_of(entry.metrics.get(key))) is not None
         and (at := _seconds(entry.when)) is not None
     ]
     if len(known) < 2:
@@ -249,7 +249,7 @@ def _panel(
     ends = [
         x
         for _, value, entry in known
-        for x in (value, *(number_of(entry.metrics.get(f"{key}_{end}")) for end in ("low", "high")))
+        for x in (value, *(value_of(entry.metrics.get(f"{key}_{end}")) for end in ("low", "high")))
         if x is not None
     ]
     marks = nice_ticks(min(*ends, *cover), max(*ends, *cover), 4)
@@ -266,7 +266,7 @@ def _panel(
 
     points = []
     for at, value, entry in known:
-        low, high = (number_of(entry.metrics.get(f"{key}_{end}")) for end in ("low", "high"))
+        low, high = (value_of(entry.metrics.get(f"{key}_{end}")) for end in ("low", "high"))
         spread = interval(low, high, form)
         tip = f"{entry.when[:10]} {short(entry.policy)} {entry.look.label}: {form(value)}"
         points.append(
@@ -312,7 +312,7 @@ def _data_changes(before: Entry, entry: Entry) -> Iterator[str]:
         return
     if before.source != entry.source:
         yield f"source {before.source or MISSING} → {entry.source or MISSING}"
-    was, now = (number_of(each.metrics.get("pairs")) for each in (before, entry))
+    was, now = (value_of(each.metrics.get("pairs")) for each in (before, entry))
     if was is not None and now is not None:
         gain = f"{int(now - was):+,}" if now != was else "as many"
         yield f"pairs {int(was):,} → {int(now):,} ({gain})"

@@ -11,7 +11,7 @@ from flows.history import history
 from rlhf import champions
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.report import RunOutcome
-from rlhf.report.history import BY_HAND, ROLLED_BACK
+from rlhf.report.history import BY_HAND, ROLLED_BACK, Entry, render_history, with_changes
 from tests.history.conftest import HOSTILE
 from tests.report.test_render import Tree
 
@@ -146,6 +146,20 @@ def test_the_page(weeks, shown, tmp_path):
     with pytest.raises(ConfigError, match="is there already, and no page"):
         shown(history, html=tmp_path / "mine.txt")
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("huge", [1e308, -1e308, 1e300])
+def test_numbers_that_are_damage_have_no_place_on_the_page(huge):
+    metrics = {"kl": huge, "pairs": huge, "tokens": huge, "win_rate": huge, "reward_gain_low": huge}
+    first = Entry("l", day(1), "Promoted", metrics=metrics, data="a")
+    second = Entry("l", day(2), "Promoted", metrics={**metrics, "kl": -huge, "pairs": 3}, data="b")
+    third = Entry("l", day(3), "Promoted", metrics={"kl": 2.0, "tokens": 5.0}, data="c")
+    fourth = Entry("l", day(4), "Promoted", metrics={"kl": 3.0, "tokens": 6.0}, data="d")
+    page = render_history(with_changes([first, second, third, fourth]), "s")
+    assert "KL over time" in page
+    kl = next(f for f in page.split("<figure")[1:] if "KL over time" in f)
+    assert kl.count('class="end"') == 2
+    assert "0" * 20 not in page
 
 
 def test_hostile_names_and_reasons_stay_text(made, shown, tmp_path):
