@@ -21,7 +21,7 @@ RESERVE = 0.1
 
 
 class Spending(BaseModel):
-    """What the stages of a run took so far, and what those after PPO will take."""
+    """Time and money that a run's stages took so far, and that those after PPO will take."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class Limit(NamedTuple):
 
     @property
     def left(self) -> float:
-        """What is left; negative if more was spent."""
+        """Rest of a budget; negative if more was spent."""
         return self.limit - self.spent
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a stage cost: its time, memory, energy and money, and sums of these.
+"""Costs of stages: time, memory, energy and money, and their sums.
 
 A figure that was not measured is None, never 0. Costs stand in records beside the artifacts, since
 equal work has equal artifacts, and never takes equally long.
@@ -73,7 +73,7 @@ class Cost(BaseModel):
 
 
 class Forecast(BaseModel):
-    """What a stage is expected to take, and what that is known from."""
+    """Expected time and money of a stage, with the source of the expectation."""
 
     model_config = ConfigDict(
         frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True

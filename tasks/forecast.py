@@ -1,4 +1,4 @@
-"""What the stages of a run will take, from what they took before; nothing is guessed.
+"""Expected costs of a run's stages, from those of earlier runs; nothing is guessed.
 
 A stage's time is that of the last run of its model line in which it had the same settings, a base
 of the same shape, and the same machine, or on another machine the same accelerator. A training that

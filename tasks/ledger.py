@@ -62,7 +62,7 @@ class Ledger:
 
     @property
     def price_per_hour(self) -> float | None:
-        """What an hour of the stage costs on all its devices; None without a price."""
+        """Price of an hour of the stage on all its devices; None without a price."""
         price = self.machine.price
         return None if price is None else price * self.machine.devices
 

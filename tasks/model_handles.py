@@ -75,7 +75,7 @@ class _Model:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What the store knows of it: files, parents, producer, metrics; None for a folder."""
+        """Manifest in the store: files, parents, producer, metrics; None for a folder."""
         return self._store.manifest(self._model.ref) if self._model.ref else None
 
     def __repr__(self) -> str:

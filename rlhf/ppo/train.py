@@ -299,7 +299,7 @@ class _Timer:
 
     @property
     def reason(self) -> str:
-        """What is used up at the deadline."""
+        """Budget that is used up at the deadline."""
         return self._deadline.reason if self._deadline else ""
 
     def stops(self, state: TrainState) -> bool:

@@ -95,7 +95,7 @@ class Entry:
 
     @property
     def wins(self) -> tuple[str, str]:
-        """Who decided about wins over SFT (`judge` or `reward`, or empty), and the metric."""
+        """Scorer of the wins over SFT (`judge`, `reward` or empty), and its metric."""
         for scorer, name in (("judge", "judge_win_rate"), ("reward", "win_rate")):
             if name in self.metrics:
                 return scorer, name

@@ -48,7 +48,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Overview:
-    """What a reader has to know of a run first."""
+    """First screen of a run: figures before and after PPO, and findings."""
 
     figures: tuple[Figure, ...] = ()
     sample: str = ""
@@ -57,7 +57,7 @@ class Overview:
 
     @property
     def alarm(self) -> str:
-        """How much stands out, in words; empty if there are notes at most."""
+        """Number of serious findings and warnings, in words; empty without either."""
         return counted(self.findings)
 
 

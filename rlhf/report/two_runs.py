@@ -88,7 +88,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class TwoRuns:
-    """What differs between two runs."""
+    """Differences between two runs."""
 
     a: SavedReport
     b: SavedReport
