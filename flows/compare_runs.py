@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,7 @@ from flows.run_lookup import open_for_run
 from rlhf.errors import ConfigError
 from rlhf.plain_text import one_line
 from tasks.console import console, say, styled
+from tasks.listing import show_json
 
 if TYPE_CHECKING:
     from rlhf.report.two_runs import Difference, Metric, PairedReplies, TwoRuns
@@ -56,7 +56,7 @@ def compare_runs(
     if html is not None:
         write_page("--html", html, render_two_runs(found))
     if json:
-        console.print(dumps(found.as_json(), indent=1, ensure_ascii=True), soft_wrap=True)
+        show_json(found.as_json())
         return
     for side, run in (("a", found.a), ("b", found.b)):
         say(f"{side}: {run.run_name}, started {run.started}, {run.outcome}: {run.reason}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +18,7 @@ from rlhf.errors import ConfigError
 from rlhf.files import is_file
 from rlhf.plain_text import one_line
 from tasks.console import PlainConsole, console, say, styled
+from tasks.listing import show_json
 
 if TYPE_CHECKING:
     from rlhf.config.metric_meanings import MetricMeaning
@@ -62,7 +62,7 @@ def show(
             {"field": key, "value": values[key], "from": source, "meaning": meaning}
             for key, _, source, meaning in rows
         ]
-        console.print(dumps(found, indent=1, ensure_ascii=True), soft_wrap=True)
+        show_json(found)
     elif explain and console.width < WIDE:
         for key, value, source, meaning in rows:
             line = f"{one_line(key)} = {one_line(value)}  ({one_line(source)})"
@@ -103,7 +103,7 @@ def metrics(
             f"{filter!r}: no metric has that in its name or meaning; try a shorter one"
         )
     if json:
-        console.print(dumps([each._asdict() for each in found], indent=1), soft_wrap=True)
+        show_json([each._asdict() for each in found])
         return
     for name in gates:
         if own := [each for each in found if each.gate == name]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import dumps
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -12,6 +11,7 @@ from rlhf.budget import budget_text
 from rlhf.costs import Forecast, energy_text, money_text
 from rlhf.plain_text import one_line
 from tasks.console import console, say
+from tasks.listing import show_json
 
 if TYPE_CHECKING:
     from rlhf.config import PipelineConfig
@@ -45,7 +45,7 @@ def costs(
         return
     found = find_run(opened, run)
     if json:
-        _print_json(_as_json(found))
+        show_json(_as_json(found))
         return
     _show_run(found)
 
@@ -140,7 +140,7 @@ def _show_line(store: Store, line: str, runs: list[RunCosts], json: bool) -> Non
     whole = line_total(runs)
     if json:
         rows = [_as_json(run) | {"champion": run.run in champions} for run in runs]
-        _print_json({"line": line, "runs": rows, "total": whole and whole.row()})
+        show_json({"line": line, "runs": rows, "total": whole and whole.row()})
         return
     if not runs:
         say(f"no run of the model line {line} has costs in {store.uri}")
@@ -182,7 +182,3 @@ def _table(*columns: str) -> Table:
         right = number > 0 and name not in ("outcome", "source")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     return table
-
-
-def _print_json(value: Any) -> None:
-    console.print(dumps(value, indent=1, ensure_ascii=True), soft_wrap=True)

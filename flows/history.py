@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from rlhf.plain_text import one_line
 from rlhf.report.history import Entry
 from rlhf.report.text import duration, number
 from tasks.console import PlainConsole, console, say, styled
+from tasks.listing import show_json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -56,7 +56,7 @@ def history(
         write_page("--html", html, render_history(entries, opened.uri))
     if json:
         rows = [entry.as_json() for entry in entries]
-        console.print(dumps(rows, indent=1, ensure_ascii=True), soft_wrap=True)
+        show_json(rows)
         return
     for name in dict.fromkeys(entry.line for entry in entries):
         own = [entry for entry in entries if entry.line == name]

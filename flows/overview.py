@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from rlhf.files import exists, expand_home, is_file
 from rlhf.plain_text import one_line
 from rlhf.store.manifest import is_digest_prefix
 from tasks.console import console, say, styled
+from tasks.listing import show_json
 from tasks.prefect_server import check_settings, prefect_server
 from tasks.run_record import RunRecord, find_record, no_such_run, read_records
 
@@ -54,7 +54,7 @@ def show(
     where = str(page if page.is_file() else path)
     if json:
         facts = {"run": name, **_facts(report, where), "note": note}
-        console.print(dumps(facts, indent=1), soft_wrap=True)
+        show_json(facts)
         return
     if note:
         say(note, "yellow")

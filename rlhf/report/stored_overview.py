@@ -12,19 +12,10 @@ from rlhf.errors import DataError
 from rlhf.files import read_text
 from rlhf.report.model import RunOutcome
 from rlhf.report.overview import Overview, make_overview
+from rlhf.report.stored import SavedStage
 from rlhf.report.symptoms import Facts
 from rlhf.report.trust import Answer
 from rlhf.saved import FAULTS, damaged
-
-
-class StoredStage(BaseModel):
-    """One stage of a stored report."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: str
-    state: str
-    seconds: float | None = None
 
 
 class StoredReport(BaseModel):
@@ -38,7 +29,7 @@ class StoredReport(BaseModel):
     outcome: RunOutcome
     reason: str
     seed: int
-    stages: tuple[StoredStage, ...] = ()
+    stages: tuple[SavedStage, ...] = ()
     trust: tuple[Answer, ...] = ()
     overview: Overview | None = None
     policy: Any = Field(default=None, exclude=True)
