@@ -20,7 +20,7 @@ from tasks.prefect_server import check_settings, prefect_server
 from tasks.run_record import RunRecord, find_record, no_such_run, read_records
 
 if TYPE_CHECKING:
-    from rlhf.report.stored_overview import StoredReport
+    from rlhf.report.stored_overview import OverviewParts
 
 #: How a run's summary on Prefect's server tells where its report is stored.
 _PULL = re.compile(r"rlhf artifacts pull ([0-9a-f]{12}) report --store (\S+)")
@@ -61,7 +61,7 @@ def show(
     _print(report, where)
 
 
-def _not_its_own(report: StoredReport, name: str, outcome: str, reason: str) -> str:
+def _not_its_own(report: OverviewParts, name: str, outcome: str, reason: str) -> str:
     """Return whose report it is, in one line, if it is not of the run that was asked for.
 
     Runs of the same artifacts, configuration and outcome have one page, which the last one wrote.
@@ -84,7 +84,7 @@ def _not_its_own(report: StoredReport, name: str, outcome: str, reason: str) -> 
     return one_line(f"{name} has the same result as {other}, whose report this is{own}")
 
 
-def _facts(report: StoredReport, page: str) -> dict[str, Any]:
+def _facts(report: OverviewParts, page: str) -> dict[str, Any]:
     """Return what is shown as JSON values."""
     facts = report.model_dump(mode="json", exclude={"trust", "overview"})
     shown = report.model_dump(mode="json", include={"overview"})["overview"] or {}
@@ -92,7 +92,7 @@ def _facts(report: StoredReport, page: str) -> dict[str, Any]:
     return {**facts, "seconds": report.seconds, "answers": answers, **shown, "page": page}
 
 
-def _print(report: StoredReport, page: str) -> None:
+def _print(report: OverviewParts, page: str) -> None:
     from flows.terminal import show_answers, show_overview
     from rlhf.report import outcome_style
 

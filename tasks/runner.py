@@ -140,13 +140,7 @@ def run_stage(
         ):
             out = Path(scratch, "out")
             out.mkdir()
-            folders = {
-                role: store.fetch(ref, listener=Transfer(f"{stage.name}: fetching {role}"))
-                for role, ref in work.refs.items()
-            }
-            external = stage.external_model(config)
-            if external is not None and "base" not in folders:
-                folders["base"] = external.fetch(Path(scratch, "base")).folder
+            folders = _fetch_inputs(work, store, Path(scratch, "base"))
             run = StageRun(
                 config, work.refs, folders, out, checkpoints, store, provenance,
                 _counted(meter, progress), deadline,
@@ -339,6 +333,18 @@ def commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _fetch_inputs(work: Work, store: Store, base: Path) -> dict[str, Path]:
+    """Fetch a stage's inputs, an external model to `base`; return their folders by role."""
+    folders = {
+        role: store.fetch(ref, listener=Transfer(f"{work.stage.name}: fetching {role}"))
+        for role, ref in work.refs.items()
+    }
+    external = work.stage.external_model(work.config)
+    if external is not None and "base" not in folders:
+        folders["base"] = external.fetch(base).folder
+    return folders
 
 
 def _counted(meter: Meter, progress: Progress) -> Progress:

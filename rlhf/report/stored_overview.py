@@ -18,7 +18,7 @@ from rlhf.report.trust import Answer
 from rlhf.saved import FAULTS, damaged
 
 
-class StoredReport(BaseModel):
+class OverviewParts(BaseModel):
     """The parts of a report that its overview needs; others are passed over."""
 
     model_config = ConfigDict(extra="ignore")
@@ -44,14 +44,14 @@ class StoredReport(BaseModel):
         return sum(stage.seconds or 0.0 for stage in self.stages)
 
 
-def read_report(path: Path) -> StoredReport:
+def read_report(path: Path) -> OverviewParts:
     """Read a report; one of an earlier version gets its overview from the figures in it.
 
     Raises:
         DataError: It is missing, or holds something else.
     """
     try:
-        report = StoredReport.model_validate(json.loads(read_text(path)))
+        report = OverviewParts.model_validate(json.loads(read_text(path)))
     except ValidationError as error:
         raise damaged(path, error) from None
     except FAULTS as error:
