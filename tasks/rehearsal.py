@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.errors import ConfigError
 from rlhf.files import expand_home, files_sha256, is_dir, read_json, write_json
+from rlhf.modeling.headers import look_untrained
 from rlhf.modeling.source import DESCRIPTION_FILES, ExternalModel, ExternalTokenizer
 from rlhf.store import Producer
 from rlhf.store.manifest import canonical_json, sha256_bytes
@@ -140,7 +141,7 @@ def _check_context(config: PipelineConfig, base: Path) -> None:
 
 
 def _check_weights(config: PipelineConfig) -> None:
-    """Check that the weights of models in local folders fit their configurations.
+    """Check that the weights of models in local folders fit, and warn of an untrained base.
 
     Others are checked when they are fetched and loaded.
 
@@ -157,6 +158,14 @@ def _check_weights(config: PipelineConfig) -> None:
     ):  # fmt: skip
         if external is not None and _local_folder(external):
             check(external.path, field=external.field)
+    for folder in _local_folder(base):
+        if look_untrained(folder):
+            log.warning(
+                "base.path = %r: its weights look untrained (every norm and bias holds one number "
+                "alone, as a new model's); a run learns the form of replies at best: give a "
+                "pretrained model, or take this one for trying things out",
+                config.base.path,
+            )
 
 
 def _externals(config: PipelineConfig) -> dict[str, ExternalModel]:

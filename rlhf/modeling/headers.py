@@ -1,4 +1,7 @@
-"""Headers of a model's safetensors: names, shapes and dtypes of its weights, without torch."""
+"""Headers of a model's safetensors: names, shapes and dtypes of its weights, without torch.
+
+`look_untrained` alone reads weights, by torch.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,31 @@ def read_headers(folder: Path) -> dict[str, Header]:
     if not headers:
         raise DamagedWeights("its safetensors hold no tensor; save the model again")
     return headers
+
+
+def look_untrained(folder: Path) -> bool:
+    """Return whether weights look as they were initialised, by the vectors among them.
+
+    A class fills its norms' scales and its biases with one number each, usually 1 or 0, and any
+    training changes them. Files without such vectors tell nothing.
+
+    Raises:
+        DamagedWeights: See `read_headers`.
+    """
+    vectors = {
+        name: header
+        for name, header in read_headers(folder).items()
+        if len(header.shape) == 1 and header.shape[0] > 1 and header.dtype in FLOATS
+    }
+    for path in {header.path for header in vectors.values()}:
+        # torch, for numpy has no bfloat16.
+        with safe_open(path, framework="pt") as file:
+            for name, header in vectors.items():
+                if header.path == path:
+                    vector = file.get_tensor(name)
+                    if bool((vector != vector[0]).any()):
+                        return False
+    return bool(vectors)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 from flows import preflight
@@ -18,6 +19,7 @@ from rlhf.files import read_json
 from rlhf.modeling.base import load_policy
 from rlhf.modeling.exactness import NotExact, check_adapter, check_policy, check_scorer
 from rlhf.modeling.frozen import store_frozen
+from rlhf.modeling.headers import SINGLE, look_untrained
 from rlhf.modeling.miniature import MAX_PARAMETERS, miniature
 from rlhf.modeling.reward import Scorer
 from rlhf.modeling.source import ExternalModel
@@ -286,6 +288,24 @@ def test_the_command_rehearses_once(command, tmp_path):
         command("--sft.lora.target_modules=nothing")
     assert not [*(tmp_path / "work").glob("rehearsal-*")]
     assert "not rehearsed" in command("--base.path=none")
+
+
+def test_an_untrained_base_is_named_each_time_and_one_changed_norm_is_trust(
+    toy, tmp_path, command, caplog
+):
+    base = Path(shutil.copytree(toy("fresh"), tmp_path / "base"))
+    for _ in range(2):  # the second time nothing is rehearsed
+        caplog.clear()
+        command(f"--base.path={base}")
+        assert f"base.path = {str(base)!r}: its weights look untrained" in caplog.text
+    assert look_untrained(base)
+    weights = load_file(base / SINGLE)
+    weights["model.norm.weight"][0] += 0.01
+    save_file(weights, base / SINGLE, {"format": "pt"})
+    assert not look_untrained(base)
+    # Nothing is known of a model without a vector.
+    save_file({"w": torch.ones(2, 2), "scale": torch.ones(1)}, base / SINGLE, {"format": "pt"})
+    assert not look_untrained(base)
 
 
 def test_a_run_rehearses_before_its_first_training_stage(toy, tmp_path, configured):
