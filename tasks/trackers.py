@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 log = logging.getLogger("rlhf.tasks")
-#: Most characters of a tracked run's name that tell what was changed.
+#: Most characters of a tracked run's name that tell what was changed; of the rest, the number.
 LONGEST_CHANGES = 60
 #: Parts of the configuration that change no figures.
 _PLACES = ("store", "store_options", "runtime", "tracking", "retries", "placement", "promotion")
@@ -88,7 +89,7 @@ class StageMetrics:
 
         # accelerate's trackers log, which needs its state: that of the training, or a new one.
         PartialState(cpu=prepare_device(self._config.runtime).type == "cpu")
-        title = f"{_run_name()}{_changes()}/{self._stage.name}"
+        title = f"{_run_name()}{changes(flow_run.parameters or {})}/{self._stage.name}"
         try:
             earlier = self._run_file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -144,6 +145,25 @@ class StageMetrics:
         log.warning(line)
 
 
+def changes(parameters: Mapping[str, Any]) -> str:
+    """Return what a run's parameters change, for a folder's name that tells runs apart."""
+    changed = {
+        key: value
+        for key, value in overridden(parameters)
+        if key.partition(".")[0] not in _PLACES
+    }
+    last = Counter(key.rpartition(".")[2] for key in changed)
+    text = ""
+    for count, (key, value) in enumerate(changed.items()):
+        name = key.rpartition(".")[2]
+        part = f",{key if last[name] > 1 else name}={value}"
+        part = re.sub(r"[^\w.,=+-]+", "-", part)
+        if len(text) + len(part) > LONGEST_CHANGES:
+            return f"{text},+{len(changed) - count}"
+        text += part
+    return text
+
+
 def _tracker(name: Tracker, tracking: TrackingConfig, title: str, step: int) -> GeneralTracker:
     """Return a tracker of accelerate, not started, for a run that begins at `step`."""
     from accelerate import tracking as classes
@@ -173,17 +193,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def _changes() -> str:
-    """Return what this run changes in its preset, for a folder's name that tells runs apart."""
-    changed = [
-        f"{key.rpartition('.')[2]}={value}"
-        for key, value in overridden(flow_run.parameters or {})
-        if key.partition(".")[0] not in _PLACES
-    ]
-    text = re.sub(r"[^\w.,=+-]+", "-", ",".join(changed))
-    return f",{text[:LONGEST_CHANGES]}" if text else ""
 
 
 def _run_name() -> str:

@@ -19,7 +19,7 @@ from rlhf.files import read_json
 from tasks.preflight import preflight
 from tasks.stage import store_of
 from tasks.stages import STAGES
-from tasks.trackers import StageMetrics
+from tasks.trackers import StageMetrics, changes
 
 pytestmark = pytest.mark.prefect
 
@@ -74,6 +74,16 @@ def test_tensorboard_has_every_metric_of_every_step(first_run):
     # A run that finds all done opens nothing, and so loads no torch for it.
     pipeline(overrides=config)
     assert [p.name for p in folder.iterdir()] == [result.name]
+
+
+def test_tensorboards_folders_name_whole_changes_that_differ():
+    tree = {"sft": {"epochs": 1.0, "lora": None}, "reward_model": {"epochs": 2.0}, "name": "x"}
+    name = changes({"overrides": {**tree, "store": "elsewhere"}})
+    assert name == ",sft.epochs=1.0,lora=none,reward_model.epochs=2.0"
+    ppo = {"kl_coef": 0.05, "chunk_size": 32, "max_new_tokens": 64}
+    assert changes({"overrides": {**tree, "ppo": ppo}}) == f"{name},+3"
+    assert changes({"overrides": {"data": {"source": "a" * 80}}}) == ",+1"
+    assert changes({}) == ""
 
 
 def test_a_training_that_is_resumed_goes_on_where_it_was_shown(tiny, tmp_path):
