@@ -113,7 +113,8 @@ def _show(proposal: Proposal, path: Path) -> None:
         console.print()
         console.print(f"• {one_line(line)}", style="yellow")
     console.print()
-    say(f"written: {path}  (run it from any folder; data, base and store stand there in full)")
+    say(f"written: {path}  (data, base and store stand there in full)")
+    say("reports, logs and checkpoints go to .rlhf in the folder in which you run it", "dim")
     say(f"next:    rlhf run {shlex.quote(str(path))}", "bold green")
 
 

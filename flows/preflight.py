@@ -55,6 +55,7 @@ def preflight(
     from tasks.runner import producer
 
     loaded = load_config(config, overrides).config
+    say("checking folders, store, data source, models and functions …", "dim")
     preflight_command(loaded)
     if PREFECT_API_URL.value():
         _check_server()
@@ -64,6 +65,7 @@ def preflight(
         if base is None:
             say("base.path is not set: a model from scratch is not rehearsed")
             return
+        say("rehearsing every stage on a miniature of the base …", "dim")
         sample = first_rows(loaded)
         remarks = rehearse_once(loaded, base, sample, producer("preflight", {}, loaded.seed))
         load_tokenizer(base)  # for its warnings; the rehearsal is silent

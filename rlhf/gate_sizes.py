@@ -79,14 +79,16 @@ def describe_power(config: PipelineConfig, sizes: Sizes) -> str:
     confidence, spread = champion.look_confidence, spread_of(sizes.samples)
     found = detectable_share(0.5, sizes.prompts, spread, confidence, POWER)
     words = (
-        f"a true win rate of {found:.1%} over" if found else "not even a policy that always beats"
+        f"a policy that truly wins {found:.1%} of its comparisons with the champion"
+        if found
+        else "not even a policy that wins every comparison with the champion"
     )
     needed = prompts_needed(EXAMPLE, 0.5, spread, confidence, POWER)
-    times = f" × {sizes.samples} samples" if sizes.samples > 1 else ""
+    times = f" × {sizes.samples} replies" if sizes.samples > 1 else ""
     return (
-        f"{sizes.prompts:,} gate prompts{times}: {words} the champion is found with {POWER:.0%} "
-        f"power, at {confidence:.1%} confidence (one of {champion.looks} looks); {EXAMPLE:.0%} "
-        f"needs {needed:,} prompts"
+        f"{sizes.prompts:,} gate prompts{times}: {words} is found better in {POWER * 5:.0f} of 5 "
+        f"runs (at {confidence:.1%} confidence, for each of {champion.looks} looks); to find one "
+        f"that wins {EXAMPLE:.0%} takes {needed:,} prompts"
     )
 
 

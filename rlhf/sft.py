@@ -141,6 +141,8 @@ def train_sft(
         metrics |= counts | losses
         if leads:
             write_json(out_dir / "curve.json", curve)
+    else:
+        metrics["not_trained"] = "sft.enabled = false"
     set_ends(model, renderer.end_ids)  # a trainer may have changed them
     if leads:
         save_model(model, out_dir)

@@ -156,7 +156,7 @@ def _train_judge(run: StageRun) -> StageResult:
         return write_no_judge(run.out_dir, "judge.enabled = false")
     if not has_judge_pairs(data):
         # The source is no part of the fingerprint, so the reason must fit both kinds.
-        setting = "data.judge_fraction, or data.world.judge_pairs for the world"
+        setting = "data.judge_fraction (of generated data, data.world.judge_pairs)"
         return write_no_judge(run.out_dir, f"the data have no pairs for one; set {setting}")
     section = judge_section(config.reward_model, run.folders.get("base"), config.judge.negatives)
     limits = config.token_limits()
@@ -400,6 +400,7 @@ TRAIN_SFT = Stage(
     external_model=external_base_model,
     body=_train_sft,
     headline=(
+        ("the base as it is: {}", "not_trained"),
         ("loss {:.3f}", "loss"),
         ("held out {:.3f}, before {:.3f}", "heldout_loss", "heldout_loss_before"),
         ("{:,} parameters", "parameters"),

@@ -148,9 +148,7 @@ class StageMetrics:
 def changes(parameters: Mapping[str, Any]) -> str:
     """Return what a run's parameters change, for a folder's name that tells runs apart."""
     changed = {
-        key: value
-        for key, value in overridden(parameters)
-        if key.partition(".")[0] not in _PLACES
+        key: value for key, value in overridden(parameters) if key.partition(".")[0] not in _PLACES
     }
     last = Counter(key.rpartition(".")[2] for key in changed)
     text = ""

@@ -23,7 +23,7 @@ USER = "<|user|>"
 SYSTEM = "<|system|>"
 #: Reasons for which a model can't answer a prompt.
 REFUSED = "prompt refused by the chat template"
-TOO_LONG = "prompt too long for the model"
+TOO_LONG = "prompt has too many tokens"
 SPECIAL_TOKENS = [PAD, END, USER, ASSISTANT, SYSTEM]
 
 #: Text that no template and no prompt holds.

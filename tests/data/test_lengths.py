@@ -230,7 +230,7 @@ def test_pairs_that_the_model_cannot_tell_apart_are_left_out():
     assert equal is not None
     assert equal.reason == "replies are equal where the model's input is cut"
     assert long_prompt is not None
-    assert long_prompt.reason == "prompt too long for the model"
+    assert long_prompt.reason == "prompt has too many tokens"
 
 
 def test_prepare_data_quarantines_what_the_model_cannot_read(tmp_path):
@@ -247,12 +247,12 @@ def test_prepare_data_quarantines_what_the_model_cannot_read(tmp_path):
     check = ModelCheck(RENDERER, TokenLimits(max_length=90, max_new_tokens=16))
     result = prepare_data(config, out, model=check)
     (line,) = (out / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(line)["reason"] == "prompt too long for the model"
+    assert json.loads(line)["reason"] == "prompt has too many tokens"
     assert json.loads(line)["line"] == 6
     assert "1 of 40 rows left out" in result.metrics["rows_left_out"]
     assert all("word" not in str(p.prompt) for p in read_rows(out / PAIRS_TRAIN, Pair))
     short = ModelCheck(RENDERER, TokenLimits(max_length=20, max_new_tokens=16))
-    with pytest.raises(DataError, match=r"40 of 40 rows .*prompt too long for the model .*raise"):
+    with pytest.raises(DataError, match=r"40 of 40 rows .*prompt has too many tokens .*raise"):
         prepare_data(config, out, model=short)
 
 

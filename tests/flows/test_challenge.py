@@ -68,7 +68,7 @@ def test_a_challenger_that_is_not_better_leaves_the_champion(tiny):
     show_run(console, second)
     shown = console.file.getvalue()
     assert "NotBetter: keep the champion: " in shown
-    assert "gates: 40 gate prompts × 2 samples: a true win rate of " in shown
+    assert "gates: 40 gate prompts × 2 replies: a policy that truly wins " in shown
     assert "Not better than the champion" in second.report.read_text()
 
     # The same again: nothing runs, and its look counts once.

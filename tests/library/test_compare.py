@@ -179,7 +179,7 @@ def test_prompts_that_do_not_fit(renderer):
     rows = [PromptRow(f"p{i}") for i in range(19)]
     kept, left_out = fitting_rows([*rows, PromptRow("long " * 30)], [fitting])
     assert kept == rows
-    assert left_out == {"prompt too long for the model": 1}
+    assert left_out == {"prompt has too many tokens": 1}
     with pytest.raises(DataError, match="1 of 2 prompts can't be given to the models"):
         fitting_rows([rows[0], PromptRow("long " * 30)], [fitting])
     with pytest.raises(DataError, match="there are none"):

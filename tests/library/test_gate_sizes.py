@@ -128,14 +128,15 @@ def test_spread_of_samples():
 
 def test_the_power_is_told():
     text = describe_power(config(), Sizes(1000, 1000, 300, samples=4))
-    assert text.startswith("300 gate prompts × 4 samples: a true win rate of 5")
+    assert text.startswith("300 gate prompts × 4 replies: a policy that truly wins 5")
     assert (
-        "% over the champion is found with 80% power, at 99.5% confidence (one of 10 looks)" in text
+        "% of its comparisons with the champion is found better in 4 of 5 runs (at 99.5% "
+        "confidence, for each of 10 looks)" in text
     )
     assert text.endswith(" prompts")
     single = describe_power(config(), Sizes(1000, 1000, 300))
-    assert single.startswith("300 gate prompts: a true win rate of ")
-    assert "not even a policy that always beats the champion" in describe_power(
+    assert single.startswith("300 gate prompts: a policy that truly wins ")
+    assert "not even a policy that wins every comparison" in describe_power(
         config(), Sizes(9, 9, 3)
     )
     assert describe_power(config(gates={"champion": None}), PLENTY).startswith(

@@ -122,8 +122,8 @@ def test_without_pairs_or_a_wish_there_is_no_judge(tmp_path, data, sft):
     known = read_judge(folder)
     assert (known.trained, known.usable) == (False, False)
     assert outcome.headline == (
-        "no judge: the data have no pairs for one; set data.judge_fraction, or "
-        "data.world.judge_pairs for the world"
+        "no judge: the data have no pairs for one; set data.judge_fraction "
+        "(of generated data, data.world.judge_pairs)"
     )
     disabled = pipeline.run(judge={"enabled": False})[0]
     assert disabled.headline == "no judge: judge.enabled = false"

@@ -24,6 +24,8 @@ from rlhf.errors import ConfigError, DataError, TrainingError
 from rlhf.files import read_json
 from rlhf.modeling.base import load_base, load_policy
 from rlhf.sft import _encode, _texts, train_sft
+from rlhf.store import ArtifactRef
+from tasks.runner import Outcome
 from tests.library import toys
 
 LORA = LoraConfig(r=4, alpha=16.0)
@@ -178,6 +180,9 @@ def test_disabled_publishes_the_base(train, sft):
     assert load_renderer(out).template_hash == load_renderer(sft).template_hash
     assert "loss" not in result.metrics
     assert not (out / "curve.json").exists()
+    ref = ArtifactRef(kind="policy", digest="0" * 64, size=1, uri="x")
+    shown = Outcome("train-sft", ref, False, 1.0, result.metrics).headline
+    assert shown.startswith("the base as it is: sft.enabled = false · ")
 
 
 def test_lora_trains_adapters_and_publishes_a_plain_model(train, sft):

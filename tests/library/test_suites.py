@@ -379,7 +379,7 @@ def test_long_prompts_are_left_out_and_cut_replies_noted(tmp_path):
     rows += [four("long " * 50, 1, 0, 0, 0), four("cut", 1, 0, 0, "0" * 60)]
     write_lines(tmp_path / "x.jsonl", rows)
     got = evaluate_suite(read_suite(tmp_path), NumberScorer(max_length=40))
-    assert got["rows"]["left_out"] == {"prompt too long for the model": 1}
+    assert got["rows"]["left_out"] == {"prompt has too many tokens": 1}
     assert got["rows"]["replies_cut"] == 1
     assert got["rows"]["used"] == 21
     assert any("1 replies are cut at 40 tokens" in note for note in got["notes"])

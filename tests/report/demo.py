@@ -360,9 +360,9 @@ def trust_report(better: bool = True, state: str = "no") -> RunReport:
             "policy": figures,
             "watchdog": demo_trust.watchdog(),
             "power": (
-                "300 gate prompts × 2 samples: a true win rate of 58.2 % over the champion is "
-                "found with 80 % power, at 99.5 % confidence (one of 10 looks); 55 % needs "
-                "1,180 prompts",
+                "300 gate prompts × 2 replies: a policy that truly wins 58.2% of its comparisons "
+                "with the champion is found better in 4 of 5 runs (at 99.5% confidence, for each "
+                "of 10 looks); to find one that wins 55% takes 1,180 prompts",
             ),
             "verdicts": (GATES[0], verdict),
             "trust": trust_answers(figures, verdict),
