@@ -210,8 +210,8 @@ MISTAKES = (
     Mistake(
         "No worker was started",
         "(prefect deployment run rlhf-pipeline -p preset=mine)",
-        "train-policy/gpu waits for a worker of pool gpu: `prefect worker start --pool gpu`, or "
-        "its concurrency limit is reached",
+        "train-policy/train-policy-gpu waits for a worker of pool gpu: `prefect worker start "
+        "--pool gpu`, or its concurrency limit is reached",
         "In the log of the run, every minute; `retries.scheduled_seconds` bounds the wait.",
         key="worker",
     ),

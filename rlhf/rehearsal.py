@@ -451,16 +451,21 @@ def _quiet() -> Iterator[None]:
 
     shows_bars = transformers_logging.is_progress_bar_enabled()
     shows_data_bars = not datasets.are_progress_bars_disabled()
-    level = logging.getLogger("rlhf").level
+    # A logger with a level of its own does not ask its parent: that of PPO's samples has one.
+    own = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    levels = {logger: logger.level for logger in own if logger.name.partition(".")[0] == "rlhf"}
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("rlhf").setLevel(max(level, logging.ERROR))
+    for logger, level in levels.items():
+        if level or logger.name == "rlhf":
+            logger.setLevel(max(level, logging.ERROR))
     try:
         with quiet_trainer():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("rlhf").setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         if shows_bars:
             transformers_logging.enable_progress_bar()
         if shows_data_bars:

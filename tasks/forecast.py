@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rlhf.config import PipelineConfig, apply_machine_settings
-from rlhf.config.pipeline import INLINE
+from rlhf.config.pipeline import INLINE, place_names
 from rlhf.costs import Forecast
 from rlhf.errors import RLHFError
 from rlhf.limits import MAX_MODEL_BYTES
@@ -92,8 +92,8 @@ def forecast_of(
         source = f"as last time {where}"
         if factor != 1:
             source = f"from {cost.steps:,} measured steps {where}"
-        place = config.deployment_of(stage.name).rpartition("/")[2]
-        names = [place, cost.device, CPU if cost.device == CPU else "cuda"]
+        places = place_names(stage.name, config.deployment_of(stage.name))
+        names = [*places, cost.device, CPU if cost.device == CPU else "cuda"]
         seconds = factor * cost.seconds
         priced = cost.model_copy(update={"seconds": seconds, "money": None}).priced(
             config.costs.price(names), config.costs.currency

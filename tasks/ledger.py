@@ -21,6 +21,7 @@ from typing import Any
 
 from rlhf.champions import timestamp
 from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import place_names
 from rlhf.costs import Cost, read_cost, total
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.limits import load_json
@@ -54,7 +55,7 @@ class Ledger:
         self._sent, self._is_sent = time.monotonic(), False
         self.machine = _machine(stage, config)
         prices = config.costs
-        price = prices.price(_names(self.machine)) if prices.price_per_hour else None
+        price = prices.price(_names(self.machine, stage.name)) if prices.price_per_hour else None
         self.machine = self.machine.priced(price, prices.currency).model_copy(
             update={"work": key[:16]}
         )
@@ -210,12 +211,12 @@ def _machine(stage: Stage, config: PipelineConfig) -> Cost:
     )  # fmt: skip
 
 
-def _names(machine: Cost) -> list[str]:
+def _names(machine: Cost, stage: str) -> list[str]:
     """Return the names that a price may have: of the deployment, the device and its type."""
     names = [machine.device, CPU if machine.device == CPU else "cuda"]
     runtime = sys.modules.get("prefect.runtime")
     deployment = runtime.deployment.name if runtime else None  # asks Prefect's server
-    return [str(deployment), *names] if deployment else names
+    return [*place_names(stage, str(deployment)), *names] if deployment else names
 
 
 @contextmanager

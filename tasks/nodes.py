@@ -1,7 +1,8 @@
 """The other machines of a stage with `nodes`: runs of a deployment, or torchrun's variables.
 
-A stage that runs in a deployment named `gpu` starts a run of `node/gpu` for each further machine,
-and workers of its pool take them up; each connects to the stage. Prefect is loaded only then.
+A stage that runs in the deployment `train-sft/train-sft-gpu` starts a run of `node/train-node-gpu`
+for each further machine, and workers of its pool take them up; each connects to the stage.
+Prefect is loaded only then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from rlhf.config import PipelineConfig, PPOConfig
-from rlhf.config.pipeline import INLINE
+from rlhf.config.pipeline import INLINE, place_names
 from rlhf.config.training import ProcessSection
 from rlhf.errors import ConfigError
 from rlhf.launch.nodes import Nodes, nodes_of_environment
@@ -58,7 +59,7 @@ def nodes_of(run: StageRun, stage: Stage, field: str, section: ProcessSection) -
     told = nodes_of_environment(field, section.nodes, **shared)
     if told is not None:
         return told
-    deployment = _own_deployment()
+    deployment = _own_deployment(stage)
     if deployment is None:
         raise ConfigError(_NOWHERE.format(field, section.nodes, stage.name))
     return Nodes(
@@ -99,11 +100,11 @@ def check_nodes(config: PipelineConfig, stages: Mapping[str, Stage]) -> None:
         if place == INLINE:
             if nodes_of_environment(stage.section or "", section.nodes) is not None:
                 continue
-            deployment = _own_deployment()
+            deployment = _own_deployment(stage)
             if deployment is None:
                 raise ConfigError(_NOWHERE.format(stage.section, section.nodes, stage.name))
         else:
-            deployment = f"{FLOW}/{place.partition('/')[2]}"
+            deployment = _for_nodes(stage, place)
         _check_deployment(deployment, f"{stage.section}.nodes = {section.nodes}")
 
 
@@ -113,11 +114,16 @@ _NOWHERE = (
 )
 
 
-def _own_deployment() -> str | None:
+def _own_deployment(stage: Stage) -> str | None:
     """Return the deployment for further machines of this process's run; None outside of one."""
     from prefect.runtime import deployment
 
-    return f"{FLOW}/{deployment.name}" if deployment.id else None
+    return _for_nodes(stage, str(deployment.name)) if deployment.id else None
+
+
+def _for_nodes(stage: Stage, deployment: str) -> str:
+    """Return the deployment for further machines of a stage that runs in a deployment."""
+    return f"{FLOW}/train-node-{place_names(stage.name, deployment)[0]}"
 
 
 def _check_deployment(name: str, field: str) -> None:

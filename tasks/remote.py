@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from rlhf.budget import Spending
 from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import place_names
 from rlhf.errors import ConfigError, StageFailed, StageLost
 from rlhf.report.model import StageState
 from rlhf.store import ArtifactRef
@@ -109,9 +110,11 @@ def check_placement(config: PipelineConfig) -> None:
             try:
                 _retried(lambda place=place: client.read_deployment_by_name(place))
             except ObjectNotFound:
+                short = place_names(stage, place)[0]
                 raise ConfigError(
                     f"{field}: no such deployment on {client.api_url}; run `make deploy`, or "
-                    "choose one that `prefect deployment ls` shows"
+                    f"choose one that `prefect deployment ls` shows ({short} alone means "
+                    f"{stage}/{stage}-{short})"
                 ) from None
 
 

@@ -168,7 +168,7 @@ def test_what_needs_no_command(project, monkeypatch, caplog, tmp_path):
     project_file = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert BY_KEY["python"].message.endswith(f"not in {project_file['requires-python']!r}")
     words = (ROOT / "tasks" / "remote.py").read_text()
-    for part in BY_KEY["worker"].message.split("train-policy/gpu")[1].split("gpu"):
+    for part in BY_KEY["worker"].message.split("train-policy/train-policy-gpu")[1].split("gpu"):
         assert part.strip("`: ,").split("`, ")[0] in words.replace('"\n                "', "")
 
 

@@ -170,6 +170,12 @@ class PromotionConfig(Section):
     """Most that the smoke test may take: loading the policy and answering a few prompts."""
 
 
+def place_names(stage: str, deployment: str) -> list[str]:
+    """Return a deployment's short names: `gpu` and `train-sft-gpu` of `train-sft/train-sft-gpu`."""
+    name = deployment.rpartition("/")[2]
+    return list(dict.fromkeys([name.removeprefix(f"{stage}-"), name]))
+
+
 def _full_names(placement: dict[StageName, str]) -> dict[StageName, str]:
     return {stage: _deployment(stage, value) for stage, value in placement.items()}
 
@@ -224,8 +230,9 @@ class PipelineConfig(Section):
     promotion: Annotated[PromotionConfig, OrText("manual", "automatic")] = PromotionConfig()
     """Promotion."""
     placement: Placement = Field(default_factory=dict[StageName, str])
-    """Deployment that runs a stage, such as `train-policy: train-policy/gpu`; a stage that is not
-    named runs inline, in the pipeline's own process."""
+    """Deployment that runs a stage, such as `train-policy: gpu` for the deployment
+    `train-policy/train-policy-gpu`, or a full name; a stage that is not named runs inline, in the
+    pipeline's own process."""
     retraining: RetrainingConfig = RetrainingConfig()
     """When the retraining flow runs the pipeline, and from what."""
     retries: RetryConfig = RetryConfig()
@@ -410,7 +417,7 @@ class PipelineConfig(Section):
 
 
 def _deployment(stage: StageName, value: str) -> str:
-    """Return the full name of a deployment, such as `train-policy/gpu` for `gpu`.
+    """Return a deployment's full name, such as `train-policy/train-policy-gpu` for `gpu`.
 
     Raises:
         ValueError: It is a deployment of another flow.
@@ -420,6 +427,7 @@ def _deployment(stage: StageName, value: str) -> str:
     flow, slash, name = value.rpartition("/")
     if not name or (slash and flow != stage):
         raise ValueError(
-            f"{value!r} is no deployment of {stage}; write {stage}/<deployment>, or inline"
+            f"{value!r} is no deployment of {stage}; write the name of a pool, such as gpu, "
+            f"{stage}/<deployment>, or inline"
         )
-    return f"{stage}/{name}"
+    return value if slash else f"{stage}/{stage}-{name.removeprefix(f'{stage}-')}"

@@ -6,6 +6,7 @@ import pytest
 
 from rlhf.config import PipelineConfig, PPOConfig, load_config
 from rlhf.config.overrides import parse_overrides
+from rlhf.config.pipeline import place_names
 from rlhf.config.ppo import SEED_NAMES
 from rlhf.errors import ConfigError
 
@@ -294,3 +295,17 @@ def test_both_names_for_one_value_are_an_error():
 
 def test_only_listed_fields_have_rl_names():
     assert "rl_lora is not a field" in message("--rl_lora=none")
+
+
+def test_a_placement_names_a_pool_or_a_deployment_in_full():
+    def placed(value: str) -> str:
+        return load_config(None, [f"--placement.train-sft={value}"]).config.placement["train-sft"]
+
+    assert placed("gpu") == placed("train-sft-gpu") == "train-sft/train-sft-gpu"
+    assert placed("train-sft/mine") == "train-sft/mine"
+    assert placed("inline") == "inline"
+    assert place_names("train-sft", placed("gpu")) == ["gpu", "train-sft-gpu"]
+    assert place_names("train-sft", "train-sft/mine") == ["mine"]
+    for wrong in ("promote/gpu", "train-sft/", "/gpu", ""):
+        with pytest.raises(ConfigError, match="no deployment of train-sft; write the name of a"):
+            placed(wrong)

@@ -66,7 +66,14 @@ def test_a_run_without_a_deployment_is_approved_by_its_policy(rlhf, tiny, finish
 
 def test_a_placement_needs_a_server_and_its_deployment(tiny):
     elsewhere = tiny(placement={"train-sft": "gpu"})
-    with pytest.raises(ConfigError, match=r"placement.train-sft = 'train-sft/gpu': no such deplo"):
+    wrong = (
+        "placement.train-sft = 'train-sft/{}': no such deployment .* "
+        r"\(gpu alone means train-sft/train-sft-gpu\)"
+    )
+    with pytest.raises(ConfigError, match=wrong.format("train-sft-gpu")):
         check_placement(elsewhere)
+    # As deployments were named before.
+    with pytest.raises(ConfigError, match=wrong.format("gpu")):
+        check_placement(tiny(placement={"train-sft": "train-sft/gpu"}))
     with no_server(), pytest.raises(ConfigError, match="needs a Prefect server"):
         check_placement(elsewhere)

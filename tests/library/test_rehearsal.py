@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,27 @@ def test_it_rehearses_what_is_configured(toy, run, overrides):
     if "--ppo.frozen_dtype=nf4" in overrides:
         pytest.importorskip("bitsandbytes")
     assert run(toy("fresh"), *overrides) == []
+
+
+def test_it_logs_nothing_not_even_to_loggers_with_a_level(toy, run):
+    """A run's display listens to PPO's samples; those of a miniature are noise."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(f"{record.name}: {record.getMessage()}")
+    names = ("rlhf", "rlhf.samples", "rlhf.ppo", "rlhf.sft")
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    try:
+        run(toy("fresh"))
+        assert heard == []
+        assert {logging.getLogger(name).level for name in names} == {logging.DEBUG}
+        logging.getLogger("rlhf.samples").info("one")
+        assert heard[0] == "rlhf.samples: one"
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+            logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def test_first_rows_of_one_prompt_are_no_reason_to_refuse_members(toy, configured, tmp_path):

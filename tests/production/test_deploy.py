@@ -99,7 +99,7 @@ def test_other_commands_are_left_alone(place, tmp_path):
         ({"overrides": {"rl_gamma": 2}}, "overrides.rl_gamma"),
         ({"overrides": {"placement": {"train-foo": "gpu"}}}, "'train-foo'"),
         (
-            {"overrides": {"placement": {"train-sft": "promote/cpu"}}},
+            {"overrides": {"placement": {"train-sft": "promote/promote-cpu"}}},
             "overrides.placement['train-sft']",
         ),
         ({"preset": "quickstarts"}, "'quickstarts' is not one of"),

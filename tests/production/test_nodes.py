@@ -21,9 +21,9 @@ def machines(place):
 
 def test_workers_are_the_machines_of_a_stage(machines, overrides):
     tree = overrides("nodes", sft={"batch_size": 8, "max_length": 128, "processes": 1, "nodes": 2})
-    data = machines.submit("prepare-data/cpu", overrides=tree)
+    data = machines.submit("prepare-data/prepare-data-cpu", overrides=tree)
     assert machines.wait(data)["state"]["name"] == "Completed", machines.logs(data)
-    run = machines.submit("train-sft/gpu", overrides=tree)
+    run = machines.submit("train-sft/train-sft-gpu", overrides=tree)
     ended = machines.wait(run)
     assert ended["state"]["name"] == "Completed", machines.logs(run)
     asked = {"flow_runs": {"name": {"any_": [f"{ended['name']}-node-2"]}}}
@@ -39,4 +39,4 @@ def test_a_stage_without_a_deployment_for_its_other_machines_is_refused(machines
     run = machines.submit("rlhf-pipeline", overrides=tree)
     state = machines.wait(run)["state"]
     assert state["name"] == "Failed"
-    assert "sft.nodes = 2: needs the deployment 'node/rlhf-pipeline'" in state["message"]
+    assert "sft.nodes = 2: needs the deployment 'node/train-node-rlhf-pipeline'" in state["message"]

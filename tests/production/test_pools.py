@@ -157,11 +157,11 @@ def test_the_server_takes_the_pool_and_refuses_bad_variables(place, flow, name):
 @pytest.mark.s3
 def test_an_image_brings_its_own_code(place):
     deploy = ["prefect", "--no-prompt", "deploy", "--prefect-file", "deployments/prefect.yaml"]
-    one = [*deploy, "--name", "promote/cpu"]
+    one = [*deploy, "--name", "promote/promote-cpu"]
 
     def where(**environment):
         place.run(*one, **environment)
-        found = place.api("deployments/name/promote/cpu")
+        found = place.api("deployments/name/promote/promote-cpu")
         (step,) = found["pull_steps"]
         directory = step["prefect.deployments.steps.set_working_directory"]["directory"]
         return directory, found["job_variables"]["image"]

@@ -20,6 +20,8 @@ from tests.production.site import ROOT
 pytestmark = [pytest.mark.prefect, pytest.mark.s3]
 
 RETRAINING, PIPELINE = "retraining/retraining", "rlhf-pipeline/rlhf-pipeline"
+GATE, PROMOTION = "gate-policy/gate-policy-cpu", "promote/promote-cpu"
+EVALUATION = "evaluate-policy/evaluate-policy-gpu"
 OF_ITS_OWN = {
     "id", "created", "updated", "last_polled", "flow_id", "version_id", "work_queue_id",
     "created_by", "updated_by", "status", "deployment_id", "active_slots", "concurrency_limit",
@@ -124,7 +126,7 @@ def start(deployment):
 
 
 def test_what_left_the_files_is_gone_and_nothing_else(place, server, deploy, tmp_path):
-    promote, retraining = server.deployments["promote/cpu"], server.id(RETRAINING)
+    promote, retraining = server.deployments[PROMOTION], server.id(RETRAINING)
     for name, tags in (("theirs", []), ("mine", ["rlhf"])):
         made = {"name": name, "entrypoint": "x.py:x", "tags": tags, "work_pool_name": "theirs"}
         if name == "theirs":
@@ -138,7 +140,10 @@ def test_what_left_the_files_is_gone_and_nothing_else(place, server, deploy, tmp
     client = server.client
     for more in ({}, {"slug": "mine"}):
         client.post(f"deployments/{retraining}/schedules", json=[cron | more]).raise_for_status()
-    ordered, running = place.submit("gate-policy/cpu"), place.submit("evaluate-policy/gpu")
+    ordered, running = (
+        place.submit(GATE),
+        place.submit(EVALUATION),
+    )
     forced = {"state": {"type": "RUNNING"}, "force": True}
     server.api(f"flow_runs/{running}/set_state", **forced)
 
@@ -159,9 +164,9 @@ def test_what_left_the_files_is_gone_and_nothing_else(place, server, deploy, tmp
     both = "rlhf-zombies"  # ours is removed, and the one by hand kept, with a line each
     assert actions.pop(("automation", both)) == "kept"
     assert actions == {
-        ("deployment", "promote/cpu"): "removed",
-        ("deployment", "gate-policy/cpu"): "kept",
-        ("deployment", "evaluate-policy/gpu"): "kept",
+        ("deployment", PROMOTION): "removed",
+        ("deployment", GATE): "kept",
+        ("deployment", EVALUATION): "kept",
         ("deployment", "promote/mine"): "kept",
         ("deployment", RETRAINING): "changed",
         ("schedule", f"{RETRAINING} rlhf-weekly"): "removed",
@@ -169,9 +174,9 @@ def test_what_left_the_files_is_gone_and_nothing_else(place, server, deploy, tmp
         ("schedule", f"{RETRAINING} 0 5 * * *"): "kept",
         ("automation", "retrain when data have landed"): "removed",
     }
-    assert "runs have ended: 1, such as" in said["deployment", "evaluate-policy/gpu"][1]
+    assert "runs have ended: 1, such as" in said["deployment", EVALUATION][1]
     found = server.deployments
-    assert before[0].keys() - found.keys() == {"promote/cpu"}
+    assert before[0].keys() - found.keys() == {PROMOTION}
     assert [s["slug"] for s in found[RETRAINING]["schedules"]] in (["mine", None], [None, "mine"])
     assert (found[RETRAINING]["parameters"], found[RETRAINING]["concurrency_options"]) == ({}, None)
     assert not found[RETRAINING]["global_concurrency_limit"]
@@ -183,9 +188,12 @@ def test_what_left_the_files_is_gone_and_nothing_else(place, server, deploy, tmp
         assert server.api(f"flow_runs/{run}")["state"]["type"] in ("SCHEDULED", "RUNNING")
         forced = {"state": {"type": "CANCELLED"}, "force": True}
         server.api(f"flow_runs/{run}/set_state", **forced)
-    assert deploy(edit)["deployment", "gate-policy/cpu"] == ("removed", "not in the files")
+    assert deploy(edit)["deployment", GATE] == (
+        "removed",
+        "not in the files",
+    )
     assert server.api(f"flow_runs/{running}")["state"]["type"] == "CANCELLED"
-    assert {"gate-policy/cpu", "evaluate-policy/gpu"}.isdisjoint(server.deployments)
+    assert {GATE, EVALUATION}.isdisjoint(server.deployments)
     for name in ("theirs", "mine"):
         client.delete(f"deployments/{server.id(f'promote/{name}')}")
     client.delete("work_pools/theirs")
@@ -206,7 +214,7 @@ def test_everything_that_was_changed_by_hand_is_as_in_the_files(server, deploy):
         "enforce_parameter_schema": False, "parameter_openapi_schema": {"type": "object"},
     }  # fmt: skip
     server.patch(f"deployments/{pipeline}", **changed)
-    server.patch(f"deployments/{server.id('promote/cpu')}", work_pool_name="gpu")
+    server.patch(f"deployments/{server.id(PROMOTION)}", work_pool_name="gpu")
     (schedule,) = retraining["schedules"]
     path = f"deployments/{retraining['id']}/schedules/{schedule['id']}"
     server.patch(path, schedule={"cron": "1 1 * * *"}, parameters={"preset": "lora"})
@@ -227,7 +235,7 @@ def test_everything_that_was_changed_by_hand_is_as_in_the_files(server, deploy):
     twins = said.pop(("automation", trigger["name"]))
     assert twins in [("removed", "there twice"), ("changed", "trigger")]
     assert said == {
-        ("deployment", "promote/cpu"): ("changed", "work_pool_name"),
+        ("deployment", PROMOTION): ("changed", "work_pool_name"),
         ("schedule", f"{RETRAINING} rlhf-weekly"): ("changed", "parameters, schedule"),
         ("automation", "rlhf-zombies"): ("changed", "trigger"),
     }
@@ -264,7 +272,7 @@ def test_what_an_operator_paused_stays_paused(server, deploy):
     retraining, name = server.deployments[RETRAINING], "retrain when data have landed"
     schedule = f"deployments/{retraining['id']}/schedules/{retraining['schedules'][0]['id']}"
     places = {
-        f"deployments/{server.id('promote/cpu')}": "paused",
+        f"deployments/{server.id(PROMOTION)}": "paused",
         schedule: "active",
         f"automations/{server.automation(name)['id']}": "enabled",
     }
@@ -291,11 +299,11 @@ def test_no_run_has_a_parameter_that_its_flow_has_not(server, deploy):
 
 
 def test_a_deployment_of_another_project_is_not_written_over(server, deploy):
-    path = f"deployments/{server.id('promote/cpu')}"
+    path = f"deployments/{server.id(PROMOTION)}"
     pipeline = f"deployments/{server.id(PIPELINE)}"
     server.patch(path, tags=["theirs"])
     server.patch(pipeline, version="0")
-    with pytest.raises(ConfigError, match="a deployment promote/cpu that this project did not"):
+    with pytest.raises(ConfigError, match=f"a deployment {PROMOTION} that this project did not"):
         deploy()
     assert server.api(pipeline)["version"] == "0", "something was changed before"
     server.patch(path, tags=["rlhf", "stage"])
