@@ -154,9 +154,13 @@ def _planned_steps(facts: Facts) -> float | None:
 
 
 def sft_learned_nothing(facts: Facts) -> Finding | None:
-    """Find an SFT whose loss did not fall."""
+    """Find an SFT whose loss did not fall, neither in training nor on held-out replies."""
     losses = [x for row in facts.sft if (x := value_of(row.get("loss"))) is not None]
     if len(losses) < LEAST_STEPS:
+        return None
+    before, after = _heldout_losses(facts)
+    # Of few steps the batches differ more than the model changes.
+    if before is not None and after is not None and before - after > SFT_FALL * before:
         return None
     part = max(1, len(losses) // 10)
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
@@ -173,8 +177,7 @@ def sft_learned_nothing(facts: Facts) -> Finding | None:
 
 def sft_overfitted(facts: Facts) -> Finding | None:
     """Find an SFT after which held-out replies are less likely than before."""
-    ends = ("heldout_loss_before", "heldout_loss")
-    before, after = (value_of(facts.sft_metrics.get(name)) for name in ends)
+    before, after = _heldout_losses(facts)
     if before is None or after is None or after <= before * (1 + SFT_RISE):
         return None
     return Finding(
@@ -184,6 +187,12 @@ def sft_overfitted(facts: Facts) -> Finding | None:
         f"Lower {facts.now('sft.epochs')} or {facts.now('sft.learning_rate')}; if data.sft_source "
         "holds replies of another kind than the pairs, that may be meant.",
     )  # fmt: skip
+
+
+def _heldout_losses(facts: Facts) -> tuple[float | None, float | None]:
+    """Return SFT's losses on held-out replies, before and after it."""
+    before, after = ("heldout_loss_before", "heldout_loss")
+    return value_of(facts.sft_metrics.get(before)), value_of(facts.sft_metrics.get(after))
 
 
 def reward_model_at_chance(facts: Facts) -> Finding | None:

@@ -35,6 +35,19 @@ def test_a_healthy_run_has_no_finding():
     assert find(facts(healthy())) == ()
 
 
+def test_noisy_batches_do_not_speak_against_held_out_replies():
+    """17 steps of SmolLM2 went from 2.23 to 2.43, while held-out replies got likelier."""
+    noisy = changed(sft=[{"loss": 2.23}] * 9 + [{"loss": 2.43}] * 8)
+    names = [finding.symptom for finding in find(facts(noisy))]
+    assert names == ["sft_learned_nothing"]
+    learned = {"heldout_loss_before": 1.927, "heldout_loss": 1.873}
+    assert find(facts(changed(sft=noisy["sft"], sft_metrics=learned))) == ()
+    flat = {"heldout_loss_before": 1.927, "heldout_loss": 1.92}
+    both = find(facts(changed(sft=noisy["sft"], sft_metrics=flat)))
+    assert [finding.symptom for finding in both] == names
+
+
+
 @pytest.mark.parametrize(
     ("symptom", "severity", "parts", "words", "cures"), CASES,
     ids=[f"{case[0]}-{i}" for i, case in enumerate(CASES)],
