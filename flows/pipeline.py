@@ -219,5 +219,5 @@ def _met(config: PipelineConfig) -> str:
     rules = {"reward_model": config.gates.reward_model, "policy": config.gates.policy}
     absent = [f"gates.{name}" for name, value in rules.items() if value is None]
     if absent:
-        return f"had no gate: configured ({' and '.join(absent)} = none), and"
+        return f"passed without a gate ({' and '.join(absent)} = none), and"
     return "met every gate and"

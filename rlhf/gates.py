@@ -79,7 +79,7 @@ class Verdict:
     def approval(self) -> str:
         """Grounds of an approval, in a few words."""
         if not any(c.kind == "rule" for c in self.checks):
-            return "no gate: configured"
+            return "not judged: its gate is none in the configuration"
         skipped = sum(c.note.startswith(NOT_MEASURED) for c in self.checks)
         return "it met every gate" + (f" ({skipped} not measured)" if skipped else "")
 

@@ -164,7 +164,7 @@ def test_no_rules_never_say_that_every_gate_was_met():
     for rules in ((), None):
         got = judge("gate", "digest", METRICS, rules)
         assert got.approved
-        assert got.approval == "no gate: configured"
+        assert got.approval == "not judged: its gate is none in the configuration"
         assert require("m", "digest", got).subject == "m"
     assert verdict(metric="sampled.kl", max=9).approval == "it met every gate"
 
