@@ -47,7 +47,6 @@ def test_noisy_batches_do_not_speak_against_held_out_replies():
     assert [finding.symptom for finding in both] == names
 
 
-
 @pytest.mark.parametrize(
     ("symptom", "severity", "parts", "words", "cures"), CASES,
     ids=[f"{case[0]}-{i}" for i, case in enumerate(CASES)],

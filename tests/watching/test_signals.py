@@ -35,6 +35,26 @@ def test_a_signal_is_told_at_once_and_delivered_after_the_save(number, told):
         signal.signal(number, before)
 
 
+def test_the_time_until_the_save_is_told_from_the_time_of_an_update(told):
+    now = [0.0]
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with deferred_sigterm(lambda: now[0]) as came:
+            for now[0] in (200.0, 200.1, 200.2, 440.0, 440.1):  # an update takes 240 s
+                assert not came()
+            for now[0] in (460.0, 640.0, 675.0, 900.0):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    more = "; kill -9 ends it without, and keeps the save before"
+    assert told == [
+        "terminated: saving after this update, in about 4 min",
+        f"terminated again: saving after this update, in about 40 s{more}",
+        f"terminated again: saving after this update{more}",  # in a moment
+        f"terminated again: saving after this update{more}",  # overdue
+    ]
+
+
 def test_the_second_ctrl_c_ends_it_at_once(told):
     def press_twice():
         with deferred_sigterm():
