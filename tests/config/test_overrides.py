@@ -299,7 +299,9 @@ def test_only_listed_fields_have_rl_names():
 
 def test_a_placement_names_a_pool_or_a_deployment_in_full():
     def placed(value: str) -> str:
-        return load_config(None, [f"--placement.train-sft={value}"]).config.placement["train-sft"]
+        return load_config(
+            None, ["--store=s3://b/c", f"--placement.train-sft={value}"]
+        ).config.placement["train-sft"]
 
     assert placed("gpu") == placed("train-sft-gpu") == "train-sft/train-sft-gpu"
     assert placed("train-sft/mine") == "train-sft/mine"
