@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
@@ -17,8 +18,9 @@ from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError
 from rlhf.files import expand_home
 from rlhf.plain_text import one_line
-from rlhf.report import STATES, Answer, Overview, RunOutcome, StageState, outcome_style
+from rlhf.report import GREEN, STATES, Answer, Overview, StageState, outcome_style
 from rlhf.report.samples import read_samples
+from rlhf.report.text import duration
 from rlhf.store import Ancestor
 from tasks.console import PlainConsole, say, styled
 from tasks.disk import disk_use
@@ -35,6 +37,8 @@ from tasks.stage import store_of
 from tasks.stages import EVALUATE_POLICY, PREPARE_DATA, SAMPLES
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from tasks.report import PipelineRun
 
 #: Colours of the answers on trust, by tone.
@@ -68,7 +72,9 @@ def show_run(console: PlainConsole, run: PipelineRun) -> None:
         show_overview(console, shown)
     show_answers(console, first_answers(run))
     alarm = f" What stands out: {shown.alarm}, see above." if shown and shown.alarm else ""
-    say(f"{run.outcome}: {run.reason}{alarm}", outcome_style(run.outcome, shown), on=console)
+    # What is no success is printed as an error at the very end, with its cure.
+    reason = f": {run.reason}" if run.outcome in GREEN else "."
+    say(f"{run.outcome}{reason}{alarm}", outcome_style(run.outcome, shown), on=console)
     tracking = apply_machine_settings(run.config).tracking
     logs = expand_home(tracking.log_dir)
     if "tensorboard" in tracking.trackers and logs.is_dir():
@@ -137,18 +143,25 @@ def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:
     return root
 
 
-def _stages(run: PipelineRun) -> Table:
-    table = Table(title=one_line(run.name))
-    for name in ("stage", "state", "time", "key metric", "artifact"):
-        table.add_column(name, no_wrap=name != "key metric")
+def _stages(run: PipelineRun) -> Group:
+    """Return the stages, a line each with its key metric below: at 80 columns all of it is read.
+
+    A failed stage's message is the run's reason, which comes at the end.
+    """
+    lines: list[Text | Padding] = [styled((one_line(run.name), "bold"))]
     for row in run.rows:
-        if run.outcome == RunOutcome.FAILED and row.state == StageState.NOT_RUN:
+        if row.state == StageState.NOT_RUN:
             continue
-        time = "" if row.seconds is None else f"{row.seconds:.1f} s"
-        state = styled((row.state, STATES[row.state].style))
-        metric = row.metric or row.message
-        table.add_row(row.name, state, time, one_line(metric), (row.artifact or "")[:10])
-    return table
+        style = STATES[row.state].style
+        time = "" if row.seconds is None else duration(row.seconds)
+        digest = f"  {row.artifact[:10]}" if row.artifact else ""
+        lines.append(styled(f"{row.name:<22} ", (f"{row.state:<16}", style), f"{time:>12}{digest}"))
+        if about := row.metric or ("" if row.message in run.reason else row.message):
+            lines.append(Padding(styled((one_line(about), "dim")), (0, 0, 0, 2)))
+    left = [row.name for row in run.rows if row.state == StageState.NOT_RUN]
+    if left:
+        lines.append(Padding(styled((f"not run: {', '.join(left)}", "dim")), 0))
+    return Group(*lines)
 
 
 def _samples(samples: Sequence[dict[str, object]]) -> Group:

@@ -1,6 +1,7 @@
 """The pipeline as a Prefect flow: stages run, stages cached, and final states."""
 
 import json
+from dataclasses import replace
 from html import unescape
 from io import StringIO
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from rlhf.champions import Promotion, promote
 from rlhf.config import load_config
 from rlhf.config.pipeline import STAGE_NAMES
 from rlhf.errors import GateRejected, StoreError
+from rlhf.report import RunOutcome, StageState
 from rlhf.report.samples import shown_samples
 from rlhf.store import Store
 from tasks import prefect_tasks
@@ -246,6 +248,35 @@ def test_the_first_screen_and_the_page_give_the_same_answers(first_run):
     assert "worst probe" in told[1]
     # The last lines of a terminal are those that are seen.
     assert lines.index(answers[0].line) > len(lines) - 10
+
+
+def test_the_first_screen_shows_each_stage_whole_at_80_columns(first_run):
+    console = PlainConsole(record=True, width=80, file=StringIO())
+    show_run(console, first_run.result)
+    lines = console.export_text().splitlines()
+    rows = first_run.result.rows
+    for row in rows:
+        (at,) = (i for i, line in enumerate(lines) if line.startswith(f"{row.name} "))
+        assert row.state in lines[at]
+        assert lines[at].endswith(row.artifact[:10])
+        assert row.metric in " ".join(" ".join(lines[at + 1 : at + 4]).split())
+    rejected = rows[4].model_copy(
+        update={
+            "state": StageState.GATE_REJECTED,
+            "metric": "",
+            "message": "no: a",
+            "artifact": None,
+        }
+    )
+    left = [row.model_copy(update={"state": StageState.NOT_RUN}) for row in rows[5:]]
+    run = replace(
+        first_run.result, outcome=RunOutcome.GATE_REJECTED, reason="gate-reward-model: no: a",
+        error=GateRejected("gate-reward-model: no: a"), rows=[rejected, *left],
+    )  # fmt: skip
+    show_run(console, run)
+    told = console.export_text()
+    assert "not run: train-judge, train-policy, evaluate-policy, gate-policy, promote" in told
+    assert "no: a" not in told, "the error is printed by the command, at the very end"
 
 
 def test_samples_of_every_kind_are_shown_and_no_more():
