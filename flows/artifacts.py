@@ -407,7 +407,15 @@ def open_existing(store: str | None, config: Path | None) -> Store:
     Raises:
         ArtifactMissing: Nothing was ever stored there.
     """
-    opened = open_named(store, config)
+    return not_empty(open_named(store, config))
+
+
+def not_empty(opened: Store) -> Store:
+    """Return a store if anything was ever stored there.
+
+    Raises:
+        ArtifactMissing: Nothing was.
+    """
     if opened.is_empty():
         raise ArtifactMissing(
             f"{opened.uri}: there is no store, or nothing was ever stored there; give another "

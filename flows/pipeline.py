@@ -91,7 +91,11 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     for line in run.advice:
         get_run_logger().warning(line)
     work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
-    with exit_on_sigterm(), board.running(name, [*STAGES], work_dir, store_of(config).uri):
+    store = store_of(config).uri
+    with (
+        exit_on_sigterm(),
+        board.running(name, [*STAGES], work_dir, store, config.store_options),
+    ):
         run_stages(run)
         write_report(run)
         board.end(run.outcome.value, run.reason, awaiting=_awaiting(run))

@@ -19,6 +19,7 @@ from typing import Any
 from rich.live import Live
 
 from rlhf import signals
+from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import explain
 from rlhf.plain_text import one_line, printable
 from rlhf.report.model import RunOutcome
@@ -71,10 +72,11 @@ class Board:
 
     @contextmanager
     def running(
-        self, name: str, stages: list[str], work_dir: Path, store: str = ""
-    ) -> Iterator[None]:
+        self, name: str, stages: list[str], work_dir: Path, store: str = "",
+        options: StoreConfig | None = None,
+    ) -> Iterator[None]:  # fmt: skip
         """Show a run while the block runs; an error that leaves the block ends it as failed."""
-        self._begin(name, stages, work_dir, store)
+        self._begin(new_record(name, stages, store, options), work_dir)
         try:
             yield
         except BaseException as error:
@@ -83,11 +85,11 @@ class Board:
             raise
         self.end(RunOutcome.FAILED.value)
 
-    def _begin(self, name: str, stages: list[str], work_dir: Path, store: str) -> None:
+    def _begin(self, record: RunRecord, work_dir: Path) -> None:
         if self._console is None:
             return
         self._close()
-        self.record = new_record(name, stages, store)
+        self.record = record
         self._folder = work_dir / "runs"
         self._etas, self._line_at = {}, {}
         with suppress(OSError):
