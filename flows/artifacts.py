@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,8 +132,7 @@ def lineage(
 
     for dataset in sorted({a.ref.digest for a in ancestors if a.ref.kind == "dataset"}):
         for row in rows_of(opened.fetch(dataset)):
-            line = dumps({**vars(row), "dataset": dataset[:12]})
-            say(line)
+            show_json({**vars(row), "dataset": dataset[:12]}, indent=None)
 
 
 @app.command

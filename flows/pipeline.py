@@ -147,7 +147,7 @@ def run_stages(run: PipelineRun) -> None:
         is_kept = isinstance(result, NotBetter)
         state = StageState.NOT_BETTER if is_kept else StageState(run.outcome.value)
         seconds = time.monotonic() - started
-        cost = cost_of_failed(run, stage) if name == stage.name else None
+        cost = cost_of_failed(run, stage, result) if name == stage.name else None
         run.rows.append(
             StageRow(name=name, state=state, seconds=seconds, message=run.reason, cost=cost)
         )

@@ -77,5 +77,5 @@ def test_a_record_without_options_is_refused_with_the_cure(server, folder):
 def test_a_summary_says_that_the_store_has_options():
     pull = f"    rlhf artifacts pull 0123456789ab report --store {URI}"
     assert read_pull("w", f"Report: or\n\n{pull}") == ("0123456789ab", URI)
-    with pytest.raises(ConfigError, match=r"w: its store s3://bucket/store has store_options.*0123"):
+    with pytest.raises(ConfigError, match=r"w: its store s3://bucket/store has store_options.*012"):
         read_pull("w", f"{pull} --config <the configuration of the run>")
