@@ -318,7 +318,8 @@ def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) 
         bounds = figure_range(shift["low"], shift["high"], ".3f", " to ") or MISSING
         table.add_row(
             shift["metric"], figure(shift["before"], ".3f"), figure(shift["after"], ".3f"),
-            figure(shift["difference"], "+.3f"), bounds, style="bold" if shift["significant"] else "",
+            figure(shift["difference"], "+.3f"), bounds,
+            style="bold" if shift["significant"] else "",
         )  # fmt: skip
     print_listing(table, table)
     if found := evaluation.get("over_optimisation"):

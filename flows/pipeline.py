@@ -15,12 +15,14 @@ from prefect.states import Completed, Failed
 from flows.signals import exit_on_sigterm
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.errors import (
+    BAD_INPUT,
     AlreadyChampion,
     ApprovalMissing,
     ApprovalRefused,
     GateRejected,
     NotBetter,
     explain,
+    is_bad_input,
 )
 from rlhf.files import expand_home
 from rlhf.report import GREEN, RunOutcome, StageRow, StageState
@@ -98,7 +100,10 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     ):
         run_stages(run)
         write_report(run)
-        board.end(run.outcome.value, run.reason, awaiting=_awaiting(run))
+        is_bad = run.outcome == RunOutcome.FAILED and is_bad_input(run.error)
+        board.end(
+            run.outcome.value, run.reason, BAD_INPUT if is_bad else None, awaiting=_awaiting(run)
+        )
     if run.outcome == RunOutcome.PROMOTED:
         return Completed(message=run.reason, data=run), run
     if run.outcome in GREEN:

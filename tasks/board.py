@@ -20,7 +20,7 @@ from rich.live import Live
 
 from rlhf import signals
 from rlhf.config.pipeline import StoreConfig
-from rlhf.errors import explain
+from rlhf.errors import BAD_INPUT, explain, is_bad_input
 from rlhf.plain_text import one_line, printable
 from rlhf.report.model import RunOutcome
 from tasks.console import PlainConsole, say
@@ -81,7 +81,8 @@ class Board:
             yield
         except BaseException as error:
             is_signal = isinstance(error, KeyboardInterrupt)
-            self.end(INTERRUPTED if is_signal else RunOutcome.FAILED.value, explain(error))
+            code = BAD_INPUT if is_bad_input(error) else None
+            self.end(INTERRUPTED if is_signal else RunOutcome.FAILED.value, explain(error), code)
             raise
         self.end(RunOutcome.FAILED.value)
 

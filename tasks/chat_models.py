@@ -34,6 +34,7 @@ from tasks.models import (
 
 if TYPE_CHECKING:
     from rlhf.chat import Candidate, Conversation, ReplySettings, Score, Speaker
+    from rlhf.config import PPOConfig
     from rlhf.data.rows import Message
     from rlhf.modeling.reward import Scorer
 
@@ -199,17 +200,25 @@ def find_policy(
     return fetch_model(SFT_WORD, store.resolve(digest), store)
 
 
-def settings_of(policy: NamedModel, store: Store) -> ReplySettings:
-    """Return how a policy replied in its training, as far as that is known.
+def settings_of(
+    policy: NamedModel, store: Store, configured: PPOConfig | None = None
+) -> ReplySettings:
+    """Return how a policy replied in training and evaluation, as far as that is known.
 
-    Of a policy by PPO those are PPO's settings, of another artifact the lengths alone, and of a
-    folder its generation configuration.
+    Of a policy by PPO those are PPO's settings. An SFT policy is evaluated with those of the PPO
+    that starts from it: as configured, or else of the newest policy that did. Of another artifact
+    they are the lengths alone, and of a folder its generation configuration.
+
+    Args:
+        policy: The policy.
+        store: Where it is.
+        configured: PPO's settings in the run that an SFT policy is of.
     """
     from rlhf.chat import ReplySettings
 
     if policy.ref is None:
         return _folder_settings(policy.folder)
-    ppo = ppo_settings(policy.ref, store)
+    ppo = ppo_settings(policy.ref, store) or configured or _ppo_from(policy.ref, store)
     if ppo is not None:
         return ReplySettings(
             ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p,
@@ -217,6 +226,16 @@ def settings_of(policy: NamedModel, store: Store) -> ReplySettings:
         )  # fmt: skip
     new_tokens, stops = reply_settings(policy, store)
     return ReplySettings(new_tokens or FOLDER_TOKENS, stop_sequences=stops)
+
+
+def _ppo_from(sft: ArtifactRef, store: Store) -> PPOConfig | None:
+    """Return PPO's settings of the newest policy that started from an SFT policy."""
+    for ref, manifest, _ in sorted(store.list(), key=lambda each: each.age):
+        if ref.kind == POLICY and manifest.parents.get(SFT_WORD) == sft.digest:
+            ppo = ppo_settings(ref, store)
+            if ppo is not None:
+                return ppo
+    return None
 
 
 def _folder_settings(folder: Path) -> ReplySettings:

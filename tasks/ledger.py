@@ -115,6 +115,7 @@ class Ledger:
             try:
                 yield self._meter
             except BaseException:
+                self._write()
                 if self._send():
                     _remove(self._file)
                 raise
@@ -127,6 +128,7 @@ class Ledger:
             earlier: The attempts before this one.
             whole: Whether it is the whole result; a training that its budget stopped goes on later.
         """
+        self._write()
         own = self._cost()
         summed = total([*earlier, own]) or own
         with _harmless("what the stage cost"):
