@@ -102,11 +102,11 @@ def test_failed_and_killed_attempts_are_in_the_sum(ledger, tmp_path):
 
     last = ledger()
     earlier = last.earlier()
-    assert [round(cost.seconds) for cost in earlier] == [100, 50]
+    assert seconds(earlier) == [100, 50]
     assert not (tmp_path / "work/attempts").exists()
     attempt(last, 10, 9)
     cost = last.conclude(DIGEST, earlier, whole=True)
-    assert (round(cost.seconds), cost.attempts, cost.steps) == (160, 3, 9)
+    assert (seconds([cost]), cost.attempts, cost.steps) == ([160], 3, 9)
     assert cost.device == "cpu"
     assert cost.memory > 10**7
     assert cost.energy is None or cost.energy > 0
@@ -136,7 +136,8 @@ def kill(work):
 
 
 def seconds(costs):
-    return [round(cost.seconds) for cost in costs]
+    """Seconds in tens: a machine under load takes some more."""
+    return [round(cost.seconds, -1) for cost in costs]
 
 
 def test_a_killed_attempt_counts_while_the_store_can_t_take_it(ledger, monkeypatch, tmp_path):
@@ -146,9 +147,9 @@ def test_a_killed_attempt_counts_while_the_store_can_t_take_it(ledger, monkeypat
         assert seconds(ledger().earlier()) == [50]
         failed = ledger()
         with pytest.raises(OSError, match="disk"):
-            attempt(failed, 7, then=fail)
-        assert sorted(seconds(ledger().earlier())) == [7, 50]
-    assert sorted(seconds(ledger().earlier())) == [7, 50]
+            attempt(failed, 70, then=fail)
+        assert sorted(seconds(ledger().earlier())) == [50, 70]
+    assert sorted(seconds(ledger().earlier())) == [50, 70]
     assert not (tmp_path / "work/attempts").exists()
 
 
@@ -186,7 +187,7 @@ def test_a_process_that_is_killed_as_it_concludes_counts_once(ledger, monkeypatc
         with contextlib.suppress(_Killed):
             last.conclude(DIGEST, earlier, whole=True)
     ledger().settle(DIGEST, whole=True)  # of the next run, which finds the record
-    assert round(costs_of(last._store, [DIGEST])[DIGEST].seconds) == 110
+    assert seconds(costs_of(last._store, [DIGEST]).values()) == [110]
     assert ledger().earlier() == []
 
 
@@ -220,13 +221,13 @@ def test_a_damaged_entry_is_left_out_with_one_warning(ledger, caplog, tmp_path):
     assert "costs/runs/default: 1 damaged entry is left out of the costs" in warning
     assert find_run(store, "c").run == "c"
 
-    for took in (3, 4):
+    for took in (30, 40):
         with pytest.raises(OSError, match="disk"):
             attempt(ledger(), took, then=fail)
     damaged = tmp_path / f"store/refs/costs/attempts/train-policy/{KEY}/000001.json"
     damaged.chmod(0o644)
     damaged.write_bytes(b"{}")
-    assert seconds(ledger().earlier()) == [4]
+    assert seconds(ledger().earlier()) == [40]
 
 
 def test_a_stage_that_the_budget_kept_from_beginning_costs_its_run_nothing(tmp_path):
@@ -239,7 +240,7 @@ def test_a_stage_that_the_budget_kept_from_beginning_costs_its_run_nothing(tmp_p
     with pytest.raises(OSError, match="disk"):
         attempt(before, 100, then=fail)
     assert cost_of_failed(run, PREPARE_DATA, BudgetSpent("spent")) is None
-    assert round(cost_of_failed(run, PREPARE_DATA, OSError("disk")).seconds) == 100
+    assert seconds([cost_of_failed(run, PREPARE_DATA, OSError("disk"))]) == [100]
 
 
 def test_a_training_that_the_budget_stopped_goes_on_in_the_sum(ledger):
