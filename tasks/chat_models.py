@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,12 @@ from cyclopts import Parameter, validators
 from rlhf.champions import champion, model_lines
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import is_file
+from rlhf.plain_text import one_line
 from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
+from rlhf.store.manifest import is_digest_prefix
 from tasks.challenge import ppo_settings
+from tasks.evaluations import find_report
 from tasks.model_options import Positive
 from tasks.models import (
     CHAMPION,
@@ -31,6 +35,7 @@ from tasks.models import (
     require_kind,
     reward_model_of,
 )
+from tasks.stages import TRAIN_POLICY
 
 if TYPE_CHECKING:
     from rlhf.chat import Candidate, Conversation, ReplySettings, Score, Speaker
@@ -168,17 +173,19 @@ def load_chat(
 
 
 def find_policy(
-    text: str, line: str, store: Store, of: NamedModel | None = None
+    text: str, line: str, store: Store, of: NamedModel | None = None, purpose: str = "a chat"
 ) -> NamedModel:  # fmt: skip
-    """Find a policy by any name of a model, `champion`, or `sft`, and fetch it.
+    """Find a policy by any name of a model, `champion`, `sft`, or its run, and fetch it.
 
-    A pin or a model's folder of such a name comes first.
+    A pin or a model's folder of such a name comes first. Of a run, by its name or how that begins,
+    it is the policy that PPO has trained, promoted or not.
 
     Args:
         text: The name.
         line: Model line whose champion is meant.
         store: Where it is.
         of: Policy from which `sft` is looked up; None takes the champion.
+        purpose: What it is for, in an error.
 
     Raises:
         ArtifactMissing: It names nothing.
@@ -186,7 +193,7 @@ def find_policy(
     """
     is_word = text in (CHAMPION_WORD, SFT_WORD) and not is_folder(text, Path(text))
     if not is_word or store.pins.find(text) is not None:
-        return require_kind(find_model(text, store), POLICY, "a chat")
+        return require_kind(_named(text, store), POLICY, purpose)
     if text == CHAMPION_WORD:
         if champion(store, line) is None:
             raise ArtifactMissing(_no_champion(line, store))
@@ -198,6 +205,30 @@ def find_policy(
         why = "has no SFT policy in its lineage" if start.ref else "is a folder, without lineage"
         raise ConfigError(f"sft: {start.text} {why}; name a policy, or a folder")
     return fetch_model(SFT_WORD, store.resolve(digest), store)
+
+
+def _named(text: str, store: Store) -> NamedModel:
+    """Find a model by its own name, or else by that of the run that has trained it."""
+    try:
+        return find_model(text, store)
+    except ArtifactMissing:
+        if is_digest_prefix(text) or re.search(r"[:/]", text):
+            raise
+        try:
+            run = find_report(text, store)
+        except ArtifactMissing:
+            run = None
+        if run is None:
+            raise
+    digest = run.parents.get(TRAIN_POLICY.name)
+    if digest is None:
+        raise ArtifactMissing(
+            one_line(
+                f"{text}: the run {run.report.run_name} has trained no policy: it ended as "
+                f"{run.report.outcome} ({run.report.reason}); name another run or a policy"
+            )
+        )
+    return fetch_model(text, store.resolve(digest), store)
 
 
 def settings_of(

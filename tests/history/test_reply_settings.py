@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf.config import PPOConfig
 from rlhf.store import Producer
 from tasks.chat_models import settings_of
-from tasks.models import NamedModel
+from tasks.models import POLICY, NamedModel
 
 
 def producer(**sections) -> Producer:
@@ -19,7 +19,7 @@ def published(made, kind, parents, **sections) -> NamedModel:
     ref = made.store.publish(
         folder, kind, parents=parents, producer=producer(**sections), metrics={}
     )
-    return NamedModel("named", ref, folder)
+    return NamedModel("named", POLICY, folder, ref)
 
 
 def ppo(**values):
