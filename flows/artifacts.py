@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,8 +132,7 @@ def lineage(
 
     for dataset in sorted({a.ref.digest for a in ancestors if a.ref.kind == "dataset"}):
         for row in rows_of(opened.fetch(dataset)):
-            line = dumps({**vars(row), "dataset": dataset[:12]})
-            say(line)
+            show_json({**vars(row), "dataset": dataset[:12]}, indent=None)
 
 
 @app.command
@@ -407,7 +405,15 @@ def open_existing(store: str | None, config: Path | None) -> Store:
     Raises:
         ArtifactMissing: Nothing was ever stored there.
     """
-    opened = open_named(store, config)
+    return not_empty(open_named(store, config))
+
+
+def not_empty(opened: Store) -> Store:
+    """Return a store if anything was ever stored there.
+
+    Raises:
+        ArtifactMissing: Nothing was.
+    """
     if opened.is_empty():
         raise ArtifactMissing(
             f"{opened.uri}: there is no store, or nothing was ever stored there; give another "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from flows.artifacts import ConfigOption, StoreOption
+from flows.run_lookup import open_recorded
 from flows.runs import records_folder
 from rlhf.champions import acting_person, checked_line, record_approval
 from rlhf.config import PipelineConfig, load_config
@@ -190,8 +191,8 @@ def approve(
                 f"--name {name}: {run} waits with a policy of model line {here.awaiting.line}; "
                 "leave --name out, or give the policy's digest with --store"
             )
-        run, store, name = here.awaiting.policy, here.awaiting.store, here.awaiting.line
-    if store is None and config is None:
+        run, name = here.awaiting.policy, here.awaiting.line
+    elif store is None and config is None:
         suspended = _suspended(run, work_dir)
         answer = "refuse" if refuse else "approve"
         # Checked as the record will be: once the run goes on, there is no way back.
@@ -199,19 +200,20 @@ def approve(
         _resume(suspended, {"decision": answer, "by": acting_person(by), "why": line})
         say(f"{suspended.name}: {decided}; it goes on")
         return
-    loaded, opened = _open_model_line(name, store, config)
-    line = loaded.promotion
+    if here is not None:
+        opened, line = open_recorded(here), name or ""
+    else:
+        loaded, opened = _open_model_line(name, store, config)
+        line = loaded.promotion.name
     policy = opened.resolve(run)
     if policy.kind != "policy":
         raise ConfigError(f"{run}: {policy.short} is of kind {policy.kind}; give a policy")
-    approval = record_approval(
-        opened, line.name, policy.digest, approved=not refuse, by=by, why=why
-    )
+    approval = record_approval(opened, line, policy.digest, approved=not refuse, by=by, why=why)
     if here is not None:
         reason = f"{decided} by {approval.by}; the same command goes on"
         decision = {"state": decided.capitalize(), "reason": reason, "awaiting": None}
         write_record(here.model_copy(update=decision), folder)
-    say(f"{policy.short} of {line.name}: {decided} by {approval.by}; run the same again")
+    say(f"{policy.short} of {line}: {decided} by {approval.by}; run the same again")
 
 
 def _open_model_line(

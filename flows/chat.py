@@ -17,6 +17,7 @@ from rlhf.config import load_config
 from rlhf.errors import ConfigError, RLHFError, explain
 from rlhf.plain_text import counted, printable, shortened
 from rlhf.preferences import PreferenceFile
+from rlhf.report.text import figure
 from tasks.chat_models import DEFAULT_CHAT, ChatModels, ChatOptions, ChatPolicy, load_chat
 from tasks.console import PlainConsole, console, say, styled
 from tasks.models import load_scorer
@@ -245,8 +246,7 @@ def _reply(
 def _facts(candidate: Candidate) -> str:
     """Return the line under a reply: scores, tokens, and what should be known of it."""
     parts = [
-        f"{s.name} {'–' if s.value is None else f'{s.value:+.3f}'}"
-        + (f" ({s.note})" if s.note else "")
+        f"{s.name} {figure(s.value, '+.3f')}" + (f" ({s.note})" if s.note else "")
         for s in candidate.scores
     ]
     parts += [counted(candidate.reply.tokens, "token"), *candidate.reply.notes]

@@ -46,20 +46,20 @@ from rlhf.config import load_config
 from rlhf.config.fields import canonical, field_types
 from rlhf.config.section import unspeakable
 from rlhf.errors import (
-    ArtifactMissing,
+    BAD_INPUT,
     ConfigError,
-    DataError,
     GateRejected,
     NotBetter,
     UnexpectedError,
     explain,
+    is_bad_input,
 )
 from rlhf.plain_text import shortened
 from tasks.console import PlainConsole, console, say
 from tasks.prefect_server import meet_server, not_started, server_error, set_defaults
 
 #: Exit codes: 2 for errors in configuration or data, 3 for a gate's rejection, 1 for all others.
-BAD_INPUT, REJECTED, BROKEN = data.BAD_INPUT, 3, 1
+REJECTED, BROKEN = 3, 1
 #: Variable that shows the traceback of an error, also in stages' processes; --debug sets it.
 TRACEBACK = "RLHF_TRACEBACK"
 
@@ -233,7 +233,7 @@ def fail(error: BaseException) -> int:
     say(f"error: {shortened(explain(error))}", "red", on=PlainConsole(stderr=True))
     if isinstance(error, GateRejected):
         return REJECTED
-    return BAD_INPUT if isinstance(error, ConfigError | DataError | ArtifactMissing) else BROKEN
+    return BAD_INPUT if is_bad_input(error) else BROKEN
 
 
 def prepare_prefect(verbose: bool) -> None:

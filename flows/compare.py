@@ -23,6 +23,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.files import exists, expand_home, is_dir, write_json
 from rlhf.plain_text import one_line
 from rlhf.report.reward_model import reward_model_lines
+from rlhf.report.text import MISSING, figure, figure_range
 from tasks.console import say
 from tasks.listing import print_listing
 from tasks.model_options import DEFAULT_OPTIONS, ModelOptions
@@ -308,17 +309,17 @@ def _show_policies(a: NamedModel, b: NamedModel, evaluation: Mapping[str, Any]) 
             table.add_row(f"win rate by {name}", "", "", *interval(part, rate))
     for name in ("judge", "reward"):
         if f"{name}_difference" in part:
-            sides = (f"{part[f'{name}_{side}']:.3f}" for side in ("before", "after"))
+            sides = (figure(part[f"{name}_{side}"], ".3f") for side in ("before", "after"))
             table.add_row(name, *sides, *interval(part, f"{name}_difference"))
     for name in ("gap", "kl", "kl_exact"):
         if name in part:
             table.add_row(name, "", "", *interval(part, name))
     for shift in evaluation["shifts"]:
-        known = shift["low"] is not None
-        bounds = f"{shift['low']:.3f} to {shift['high']:.3f}" if known else "–"
+        bounds = figure_range(shift["low"], shift["high"], ".3f", " to ") or MISSING
         table.add_row(
-            shift["metric"], f"{shift['before']:.3f}", f"{shift['after']:.3f}",
-            f"{shift['difference']:+.3f}", bounds, style="bold" if shift["significant"] else "",
+            shift["metric"], figure(shift["before"], ".3f"), figure(shift["after"], ".3f"),
+            figure(shift["difference"], "+.3f"), bounds,
+            style="bold" if shift["significant"] else "",
         )  # fmt: skip
     print_listing(table, table)
     if found := evaluation.get("over_optimisation"):
@@ -365,7 +366,7 @@ def _show_rows(
     table = Table(*columns.values(), f"{what} a", f"{what} b", title=title, title_justify="left")
     for row in rows[:SHOWN]:
         texts = [excerpt(row[name]) for name in columns]
-        table.add_row(*texts, *(f"{row[name]:.2f}" for name in numbers))
+        table.add_row(*texts, *(figure(row[name], ".2f") for name in numbers))
     print_listing(table, table)
 
 

@@ -16,6 +16,7 @@ from flows.models import check_file, excerpt, write_page
 from flows.run_lookup import open_for_run
 from rlhf.errors import ConfigError
 from rlhf.plain_text import one_line
+from rlhf.report.text import figure
 from tasks.console import console, say, styled
 from tasks.listing import show_json
 
@@ -140,7 +141,7 @@ def _metrics(metrics: Sequence[Metric]) -> Table:
 
 
 def _replies(each: PairedReplies) -> Group:
-    head = "" if each.difference is None else f"b against a {each.difference:+.3g}"
+    head = "" if each.difference is None else f"b against a {figure(each.difference, '+.3g')}"
     scores = [_scores(each, place) for place in (0, 1)]
     table = Table(f"a  {scores[0]}", f"b  {scores[1]}", expand=True, box=None, padding=(0, 2, 0, 0))
     for column in table.columns:
@@ -152,4 +153,4 @@ def _replies(each: PairedReplies) -> Group:
 
 def _scores(each: PairedReplies, place: int) -> str:
     known = ((name, pair[place]) for name, pair in each.scores.items())
-    return "  ".join(f"{name} {value:.3g}" for name, value in known if value is not None)
+    return "  ".join(f"{name} {figure(value, '.3g')}" for name, value in known if value is not None)

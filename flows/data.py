@@ -10,7 +10,7 @@ from cyclopts import App, Parameter, validators
 from rich.table import Table
 
 from rlhf.config import PipelineConfig, load_config
-from rlhf.errors import ConfigError, DataError, NoPreferences
+from rlhf.errors import BAD_INPUT, ConfigError, DataError, NoPreferences
 from rlhf.plain_text import one_line
 from tasks.console import console, say, styled
 from tasks.listing import print_listing
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 app = App(name="data", help="Look at preference data.")
 
-#: Exit code for data that a run would stop at, as `flows.cli` has it for all bad input.
-BAD_INPUT = 2
 #: Rows that are shown as the model sees them.
 SHOWN = 3
 #: Most characters of a shown row's prompt and of each reply.

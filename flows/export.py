@@ -57,7 +57,7 @@ def export(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from rlhf.model_card import checked_licence
-    from tasks.export import check_destination, export_policy, find_policy, push_to_hub
+    from tasks.export import check_destination, export_policy, find_stored, push_to_hub
     from tasks.stage import store_of
 
     if public and push is None:
@@ -71,7 +71,7 @@ def export(
         load_config(config, [f"--store={store}"] if store else []).config
     )
     opened = store_of(loaded)
-    found = find_policy(policy, opened, loaded.promotion.name)
+    found = find_stored(policy, opened, loaded.promotion.name)
     with _filled(folder, loaded.store_options) as out:
         facts, checked = export_policy(
             found, opened, out, loaded.runtime, prompts=prompts, new_tokens=new_tokens,

@@ -13,7 +13,8 @@ from flows.artifacts import ConfigOption, StoreOption, open_existing
 from flows.models import check_file, write_page
 from rlhf.plain_text import one_line
 from rlhf.report.history import Entry
-from rlhf.report.text import duration, number
+from rlhf.report.symptoms import value_of
+from rlhf.report.text import duration, figure, figure_range, number
 from tasks.console import PlainConsole, console, say, styled
 from tasks.listing import show_json
 
@@ -128,19 +129,15 @@ def _wins(entry: Entry) -> str:
 
 
 def _share(entry: Entry, name: str) -> str:
-    value = entry.metrics.get(name)
-    if value is None:
-        return "–"
     low, high = (entry.metrics.get(f"{name}_{end}") for end in ("low", "high"))
-    known = low is not None and high is not None
-    return f"{value:.2f}" + (f" ({low:.2f}–{high:.2f})" if known else "")
+    spread = figure_range(low, high, ".2f")
+    return figure(entry.metrics.get(name), ".2f") + (f" ({spread})" if spread else "")
 
 
 def _metric(entry: Entry, name: str) -> str:
-    value = entry.metrics.get(name)
+    value = value_of(entry.metrics.get(name))
     return "–" if value is None else number(value)
 
 
 def _pairs(entry: Entry) -> str:
-    value = entry.metrics.get("pairs")
-    return "–" if value is None else f"{int(value):,}"
+    return figure(entry.metrics.get("pairs"), ",.0f")

@@ -22,6 +22,7 @@ from rlhf.config import RuntimeConfig
 from rlhf.errors import ConfigError
 from rlhf.files import write_json
 from rlhf.plain_text import counted, one_line
+from rlhf.report.text import figure
 from tasks.console import console, say
 from tasks.listing import print_listing
 from tasks.model_options import DEFAULT_OPTIONS, SUITE_LENGTH, ModelOptions
@@ -106,7 +107,7 @@ def _suite_table(model: NamedModel, result: Mapping[str, Any]) -> Table:
     for name in ("score", "95 % interval", *levels, "chance", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, values in result["groups"].items():
-        chance = f"{values['chance']:.2f}" if "chance" in values else ""
+        chance = figure(values["chance"], ".2f") if "chance" in values else ""
         table.add_row(*_suite_cells(name, values, levels), chance, f"{values['n']:,}")
     table.add_section()
     for name, values in result.get("sections", {}).items():
@@ -117,7 +118,7 @@ def _suite_table(model: NamedModel, result: Mapping[str, Any]) -> Table:
 
 
 def _suite_cells(name: str, values: Mapping[str, Any], levels: Sequence[str]) -> list[str]:
-    scores = (f"{values[level]:.3f}" for level in levels)
+    scores = (figure(values[level], ".3f") for level in levels)
     return [one_line(name), *interval(values, "score"), *scores]
 
 
@@ -186,7 +187,7 @@ def _show_extremes(replies: Sequence[Mapping[str, Any]]) -> None:
     shown = ordered if len(ordered) <= 2 * SHOWN else [*ordered[:SHOWN], *ordered[-SHOWN:]]
     table = Table("score", "prompt", "reply", title="lowest and highest", title_justify="left")
     for reply in shown:
-        cells = (f"{reply['score']:.2f}", excerpt(reply["prompt"]), excerpt(reply["reply"]))
+        cells = (figure(reply["score"], ".2f"), excerpt(reply["prompt"]), excerpt(reply["reply"]))
         table.add_row(*cells)
     print_listing(table, table)
 

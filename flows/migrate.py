@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +15,7 @@ from rlhf.errors import ConfigError
 from rlhf.files import exists, expand_home, fsync
 from rlhf.plain_text import counted, one_line
 from tasks.console import console, say
+from tasks.listing import show_json
 
 if TYPE_CHECKING:
     from rlhf.migration.migrate import Migration
@@ -75,7 +75,7 @@ def migrate(
     origins = ", ".join(dict.fromkeys(given.origin for given in found))
     _write(out, result.text(origins))
     if json:
-        say(dumps(_as_json(out, result), ensure_ascii=True, default=str))
+        show_json(_as_json(out, result), indent=None)
         return
     _show(result)
     console.print()

@@ -15,6 +15,7 @@ from rlhf.config import RuntimeConfig, apply_machine_settings, load_config
 from rlhf.errors import ConfigError
 from rlhf.files import is_dir, is_file
 from rlhf.plain_text import printable
+from rlhf.report.text import MISSING, figure, figure_range
 from rlhf.stage import Progress
 from tasks.console import console, text_column
 from tasks.model_options import NEW_TOKENS, ModelOptions
@@ -123,10 +124,9 @@ def progress_of(label: str) -> Iterator[Progress]:
 
 def interval(values: Mapping[str, Any], name: str, digits: int = 3) -> tuple[str, str]:
     """Return a metric and its 95 % interval as text; a dash where it is missing."""
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    shown = f"{values[name]:.{digits}f}" if values.get(name) is not None else "–"
-    known = low is not None and high is not None
-    return shown, f"{low:.{digits}f} to {high:.{digits}f}" if known else "–"
+    ends = values.get(f"{name}_low"), values.get(f"{name}_high")
+    form = f".{digits}f"
+    return figure(values.get(name), form), figure_range(*ends, form, " to ") or MISSING
 
 
 def excerpt(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.artifacts import ConfigOption, StoreOption, open_existing
+from flows.run_lookup import read_pull
 from flows.runs import duration, find_run, read_run, records_folder
 from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.errors import ArtifactMissing
@@ -22,8 +22,6 @@ from tasks.run_record import RunRecord, find_record, no_such_run, read_records
 if TYPE_CHECKING:
     from rlhf.report.stored_overview import OverviewParts
 
-#: How a run's summary on Prefect's server tells where its report is stored.
-_PULL = re.compile(r"rlhf artifacts pull ([0-9a-f]{12}) report --store (\S+)")
 DATA = "report.json"
 #: Name, outcome and reason of the run, where a report was asked for.
 _NO_RUN = ("", "", "")
@@ -199,11 +197,11 @@ def _on_server(text: str) -> tuple[Path, tuple[str, str, str]]:
         run = find_run(client, text)
         artifacts = read_run(client, run)[2]
     summary = next((str(a.data) for a in artifacts if a.key == "report"), "")
-    found = _PULL.search(summary)
+    found = read_pull(run.name, summary)
     if found is None:
         state = run.state.name if run.state else "Unknown"
         raise ArtifactMissing(
             one_line(f"{run.name}: no report to show: the run is {state}; rlhf status {run.name}")
         )
     # A run whose stages were all cached has the stored report of the run that it repeats.
-    return _stored(found[1], found[2], None), (run.name, "", "")
+    return _stored(*found, None), (run.name, "", "")

@@ -15,12 +15,14 @@ from prefect.states import Completed, Failed
 from flows.signals import exit_on_sigterm
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.errors import (
+    BAD_INPUT,
     AlreadyChampion,
     ApprovalMissing,
     ApprovalRefused,
     GateRejected,
     NotBetter,
     explain,
+    is_bad_input,
 )
 from rlhf.files import expand_home
 from rlhf.report import GREEN, RunOutcome, StageRow, StageState
@@ -91,10 +93,17 @@ def run_pipeline(loaded: LoadedConfig) -> tuple[State[PipelineRun], PipelineRun]
     for line in run.advice:
         get_run_logger().warning(line)
     work_dir = expand_home(apply_machine_settings(config).runtime.work_dir)
-    with exit_on_sigterm(), board.running(name, [*STAGES], work_dir, store_of(config).uri):
+    store = store_of(config).uri
+    with (
+        exit_on_sigterm(),
+        board.running(name, [*STAGES], work_dir, store, config.store_options),
+    ):
         run_stages(run)
         write_report(run)
-        board.end(run.outcome.value, run.reason, awaiting=_awaiting(run))
+        is_bad = run.outcome == RunOutcome.FAILED and is_bad_input(run.error)
+        board.end(
+            run.outcome.value, run.reason, BAD_INPUT if is_bad else None, awaiting=_awaiting(run)
+        )
     if run.outcome == RunOutcome.PROMOTED:
         return Completed(message=run.reason, data=run), run
     if run.outcome in GREEN:
@@ -143,7 +152,7 @@ def run_stages(run: PipelineRun) -> None:
         is_kept = isinstance(result, NotBetter)
         state = StageState.NOT_BETTER if is_kept else StageState(run.outcome.value)
         seconds = time.monotonic() - started
-        cost = cost_of_failed(run, stage) if name == stage.name else None
+        cost = cost_of_failed(run, stage, result) if name == stage.name else None
         run.rows.append(
             StageRow(name=name, state=state, seconds=seconds, message=run.reason, cost=cost)
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +27,7 @@ from rlhf.report.replies import (
 )
 from rlhf.report.text import number, number_of, text_of
 from tasks.console import console, say, styled
+from tasks.listing import show_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,9 +94,7 @@ def samples(
     chosen = _chosen(replies, given[0] if given else "", sort)
     most = len(chosen) if n is None and (all or json) else (n or SHOWN)
     if json:
-        rows = [_as_json(reply) for reply in chosen[:most]]
-        text = dumps(rows, indent=1, ensure_ascii=True, allow_nan=False)
-        console.print(text, soft_wrap=True)
+        show_json([_as_json(reply) for reply in chosen[:most]])
         return
     _summarise(found.label, replies, len(chosen), given)
     for number_, reply in enumerate(chosen[:most], 1):
@@ -192,16 +189,7 @@ def _signed(value: float) -> str:
 
 def _as_json(reply: Reply) -> dict[str, Any]:
     row = {key: value for key, value in reply.row.items() if key != "kinds"}
-    return _finite({
+    return {
         **row, "sample": reply.sample, "gain": reply.gain, "decided_by": reply.decided_by,
         "characters": reply.length,
-    })  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with null in place of numbers that are not finite, which JSON has not."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    }  # fmt: skip

@@ -10,7 +10,7 @@ from prefect.states import Completed, Failed
 from flows.signals import exit_on_sigterm
 from rlhf.budget import Spending
 from rlhf.config import apply_machine_settings
-from rlhf.errors import GateRejected, NotBetter, explain, explained
+from rlhf.errors import BAD_INPUT, GateRejected, NotBetter, explain, explained, is_bad_input
 from rlhf.files import expand_home
 from rlhf.report.model import RunOutcome, StageState
 from tasks.board import board
@@ -98,7 +98,8 @@ def _tell_end(name: str, state: State[Outcome], result: object) -> None:
     outcome = next((kinds[e] for e in kinds if isinstance(result, e)), StageState.FAILED).value
     reason = explain(result) if isinstance(result, BaseException) else ""
     board.end_stage(name, outcome, None, reason)
-    board.end(outcome, reason)
+    is_bad = isinstance(result, BaseException) and is_bad_input(result)
+    board.end(outcome, reason, BAD_INPUT if is_bad else None)
 
 
 # Named after the stages, for the entrypoints of deployments.

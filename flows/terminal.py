@@ -20,7 +20,7 @@ from rlhf.files import expand_home
 from rlhf.plain_text import one_line
 from rlhf.report import GREEN, STATES, Answer, Overview, StageState, outcome_style
 from rlhf.report.samples import read_samples
-from rlhf.report.text import duration
+from rlhf.report.text import duration, figure
 from rlhf.store import Ancestor
 from tasks.console import PlainConsole, say, styled
 from tasks.disk import disk_use
@@ -178,7 +178,7 @@ def _samples(samples: Sequence[dict[str, object]]) -> Group:
 
 def _scores(sample: dict[str, object], side: str) -> str:
     parts = [
-        f"{name} {sample[f'{name}_{side}']:.2f}"
+        f"{name} {figure(sample[f'{name}_{side}'], '.2f')}"
         for name in ("reward", "judge", "gold")
         if sample.get(f"{name}_{side}") is not None
     ]

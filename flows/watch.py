@@ -41,7 +41,7 @@ def watch(
     run: str = "", *, plain: bool = False, once: bool = False, json: bool = False,
     work_dir: Path | None = None,
 ) -> int:  # fmt: skip
-    """Watch a run until it ends: 0 if it ended well, 3 if a gate rejected, 1 if it failed.
+    """Watch a run until it ends: 0 ended well, 3 a gate rejected, 2 wrong input, 1 failed.
 
     Parameters
     ----------

@@ -291,8 +291,14 @@ def approval_of(store: Store, name: str, policy: str) -> Approval | None:
     return read_entry(Approval, history, entry) if entry else None
 
 
-def require_approval(store: Store, name: str, policy: str) -> Approval:
+def require_approval(store: Store, name: str, policy: str, options: bool = False) -> Approval:
     """Return a person's approval of a policy.
+
+    Args:
+        store: Where the decisions are.
+        name: Model line.
+        policy: Digest of the policy.
+        options: Whether the store has options, which the command of the message needs too.
 
     Raises:
         ApprovalMissing: No person has decided yet.
@@ -301,6 +307,8 @@ def require_approval(store: Store, name: str, policy: str) -> Approval:
     approval = approval_of(store, name, policy)
     subject = f"policy {policy[:12]} of model line {name!r}"
     command = f"rlhf approve {policy[:12]} --name {name} --store {shlex.quote(store.uri)}"
+    if options:
+        command += " --config <the configuration of the run>"
     if approval is None:
         raise ApprovalMissing(
             f"{subject} waits for a person's approval (promotion.approval = manual); give it by "

@@ -13,6 +13,8 @@ from typing import Any
 
 from rlhf.plain_text import one_line, shortened
 
+#: Exit code of a command whose input is wrong.
+BAD_INPUT = 2
 #: Packages of this project, for the place of a fault.
 _PACKAGES = ("rlhf", "tasks", "flows")
 
@@ -202,6 +204,11 @@ def explained(error: BaseException) -> RLHFError:
     known.retriable = is_retriable(error)
     known.__cause__ = error
     return known
+
+
+def is_bad_input(error: BaseException | None) -> bool:
+    """Return whether the user's input is wrong, for which commands end with exit code 2."""
+    return isinstance(error, ConfigError | DataError | ArtifactMissing)
 
 
 def explain(error: BaseException) -> str:

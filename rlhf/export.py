@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -58,6 +59,11 @@ OWN_PROMPTS = (
     "Give me advice for a job interview.",
 )  # fmt: skip
 _UNBOUNDED = 2**31
+#: Variable of a machine that needs longer, or is to wait less, for the check of an export.
+CHECK_SECONDS = "RLHF_EXPORT_SECONDS"
+#: Its limit without it: to load, and for a token, of a model of many billions of weights on a CPU.
+LOADING_SECONDS, TOKEN_SECONDS = 3600.0, 10.0
+MOST_SECONDS = 604_800
 
 Check = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Answers a request as `export_check.check` does."""
@@ -218,17 +224,48 @@ def in_own_process(request: Mapping[str, Any]) -> dict[str, Any]:
             "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
         # -I: neither PYTHONPATH nor the current folder, where this project may lie.
-        process = subprocess.run(
-            [sys.executable, "-I", export_check.__file__, str(asked), str(answer)], cwd=scratch,
-            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", check=False,
-        )  # fmt: skip
+        limit = check_seconds(request)
+        try:
+            process = subprocess.run(
+                [sys.executable, "-I", export_check.__file__, str(asked), str(answer)],
+                cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+                text=True, errors="replace", check=False, timeout=limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise _failed(
+                f"its process gave no answer in {limit:,.3g} s and was ended; give more by "
+                f"{CHECK_SECONDS}=<seconds>, or check less by --prompts and --new-tokens"
+            ) from None
         if process.returncode != 0 or not answer.is_file():
             last = [line for line in process.stderr.splitlines() if line.strip()][-1:]
             raise _failed(
                 f"its process ended with {process.returncode} ({one_line(*last or [''])})"
             )
         return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def check_seconds(request: Mapping[str, Any]) -> float:
+    """Return the most seconds that the check of an export may take: generous for its tokens.
+
+    RLHF_EXPORT_SECONDS wins.
+
+    Raises:
+        ConfigError: The variable holds no number of seconds.
+    """
+    given = os.environ.get(CHECK_SECONDS)
+    if given:
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds <= MOST_SECONDS:
+            raise ConfigError(
+                f"{CHECK_SECONDS} = {given[:40]!r}: is no time; give seconds, up to {MOST_SECONDS}"
+            )
+        return seconds
+    # Every prompt is answered at most three times: in float32, in its own dtype, by the adapter.
+    tokens = 3 * len(request["prompts"]) * request["max_new_tokens"]
+    return min(MOST_SECONDS, LOADING_SECONDS + TOKEN_SECONDS * tokens)
 
 
 def _expected(

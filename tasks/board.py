@@ -19,7 +19,8 @@ from typing import Any
 from rich.live import Live
 
 from rlhf import signals
-from rlhf.errors import explain
+from rlhf.config.pipeline import StoreConfig
+from rlhf.errors import BAD_INPUT, explain, is_bad_input
 from rlhf.plain_text import one_line, printable
 from rlhf.report.model import RunOutcome
 from tasks.console import PlainConsole, say
@@ -71,23 +72,25 @@ class Board:
 
     @contextmanager
     def running(
-        self, name: str, stages: list[str], work_dir: Path, store: str = ""
-    ) -> Iterator[None]:
+        self, name: str, stages: list[str], work_dir: Path, store: str = "",
+        options: StoreConfig | None = None,
+    ) -> Iterator[None]:  # fmt: skip
         """Show a run while the block runs; an error that leaves the block ends it as failed."""
-        self._begin(name, stages, work_dir, store)
+        self._begin(new_record(name, stages, store, options), work_dir)
         try:
             yield
         except BaseException as error:
             is_signal = isinstance(error, KeyboardInterrupt)
-            self.end(INTERRUPTED if is_signal else RunOutcome.FAILED.value, explain(error))
+            code = BAD_INPUT if is_bad_input(error) else None
+            self.end(INTERRUPTED if is_signal else RunOutcome.FAILED.value, explain(error), code)
             raise
         self.end(RunOutcome.FAILED.value)
 
-    def _begin(self, name: str, stages: list[str], work_dir: Path, store: str) -> None:
+    def _begin(self, record: RunRecord, work_dir: Path) -> None:
         if self._console is None:
             return
         self._close()
-        self.record = new_record(name, stages, store)
+        self.record = record
         self._folder = work_dir / "runs"
         self._etas, self._line_at = {}, {}
         with suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,12 @@ from cyclopts import Parameter, validators
 from rlhf.champions import champion, model_lines
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import is_file
+from rlhf.plain_text import one_line
 from rlhf.saved import read_saved
 from rlhf.store import ArtifactRef, Store
+from rlhf.store.manifest import is_digest_prefix
 from tasks.challenge import ppo_settings
+from tasks.evaluations import find_report
 from tasks.model_options import Positive
 from tasks.models import (
     CHAMPION,
@@ -31,9 +35,11 @@ from tasks.models import (
     require_kind,
     reward_model_of,
 )
+from tasks.stages import TRAIN_POLICY
 
 if TYPE_CHECKING:
     from rlhf.chat import Candidate, Conversation, ReplySettings, Score, Speaker
+    from rlhf.config import PPOConfig
     from rlhf.data.rows import Message
     from rlhf.modeling.reward import Scorer
 
@@ -167,17 +173,19 @@ def load_chat(
 
 
 def find_policy(
-    text: str, line: str, store: Store, of: NamedModel | None = None
+    text: str, line: str, store: Store, of: NamedModel | None = None, purpose: str = "a chat"
 ) -> NamedModel:  # fmt: skip
-    """Find a policy by any name of a model, `champion`, or `sft`, and fetch it.
+    """Find a policy by any name of a model, `champion`, `sft`, or its run, and fetch it.
 
-    A pin or a model's folder of such a name comes first.
+    A pin or a model's folder of such a name comes first. Of a run, by its name or how that begins,
+    it is the policy that PPO has trained, promoted or not.
 
     Args:
         text: The name.
         line: Model line whose champion is meant.
         store: Where it is.
         of: Policy from which `sft` is looked up; None takes the champion.
+        purpose: What it is for, in an error.
 
     Raises:
         ArtifactMissing: It names nothing.
@@ -185,7 +193,7 @@ def find_policy(
     """
     is_word = text in (CHAMPION_WORD, SFT_WORD) and not is_folder(text, Path(text))
     if not is_word or store.pins.find(text) is not None:
-        return require_kind(find_model(text, store), POLICY, "a chat")
+        return require_kind(_named(text, store), POLICY, purpose)
     if text == CHAMPION_WORD:
         if champion(store, line) is None:
             raise ArtifactMissing(_no_champion(line, store))
@@ -199,17 +207,49 @@ def find_policy(
     return fetch_model(SFT_WORD, store.resolve(digest), store)
 
 
-def settings_of(policy: NamedModel, store: Store) -> ReplySettings:
-    """Return how a policy replied in its training, as far as that is known.
+def _named(text: str, store: Store) -> NamedModel:
+    """Find a model by its own name, or else by that of the run that has trained it."""
+    try:
+        return find_model(text, store)
+    except ArtifactMissing:
+        if is_digest_prefix(text) or re.search(r"[:/]", text):
+            raise
+        try:
+            run = find_report(text, store)
+        except ArtifactMissing:
+            run = None
+        if run is None:
+            raise
+    digest = run.parents.get(TRAIN_POLICY.name)
+    if digest is None:
+        raise ArtifactMissing(
+            one_line(
+                f"{text}: the run {run.report.run_name} has trained no policy: it ended as "
+                f"{run.report.outcome} ({run.report.reason}); name another run or a policy"
+            )
+        )
+    return fetch_model(text, store.resolve(digest), store)
 
-    Of a policy by PPO those are PPO's settings, of another artifact the lengths alone, and of a
-    folder its generation configuration.
+
+def settings_of(
+    policy: NamedModel, store: Store, configured: PPOConfig | None = None
+) -> ReplySettings:
+    """Return how a policy replied in training and evaluation, as far as that is known.
+
+    Of a policy by PPO those are PPO's settings. An SFT policy is evaluated with those of the PPO
+    that starts from it: as configured, or else of the newest policy that did. Of another artifact
+    they are the lengths alone, and of a folder its generation configuration.
+
+    Args:
+        policy: The policy.
+        store: Where it is.
+        configured: PPO's settings in the run that an SFT policy is of.
     """
     from rlhf.chat import ReplySettings
 
     if policy.ref is None:
         return _folder_settings(policy.folder)
-    ppo = ppo_settings(policy.ref, store)
+    ppo = ppo_settings(policy.ref, store) or configured or _ppo_from(policy.ref, store)
     if ppo is not None:
         return ReplySettings(
             ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p,
@@ -217,6 +257,16 @@ def settings_of(policy: NamedModel, store: Store) -> ReplySettings:
         )  # fmt: skip
     new_tokens, stops = reply_settings(policy, store)
     return ReplySettings(new_tokens or FOLDER_TOKENS, stop_sequences=stops)
+
+
+def _ppo_from(sft: ArtifactRef, store: Store) -> PPOConfig | None:
+    """Return PPO's settings of the newest policy that started from an SFT policy."""
+    for ref, manifest, _ in sorted(store.list(), key=lambda each: each.age):
+        if ref.kind == POLICY and manifest.parents.get(SFT_WORD) == sft.digest:
+            ppo = ppo_settings(ref, store)
+            if ppo is not None:
+                return ppo
+    return None
 
 
 def _folder_settings(folder: Path) -> ReplySettings:

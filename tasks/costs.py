@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.budget import PLANNED, STOPPED_AT, Spending, budget_text, is_stopped, stop_line
 from rlhf.costs import Cost, total
-from rlhf.errors import RLHFError
+from rlhf.errors import BudgetSpent, RLHFError
 from rlhf.report.model import StageRow
 from rlhf.store import ArtifactRef
 from tasks.forecast import forecasts, kinds, reserve
@@ -55,8 +55,14 @@ def costs_of_stage(run: PipelineRun, stage: Stage, outcome: Outcome) -> dict[str
     return {"cost": cost, "forecast": run.forecasts.get(stage.name)}
 
 
-def cost_of_failed(run: PipelineRun, stage: Stage) -> Cost | None:
-    """Return what all attempts of a stage that failed took; None if that is not known."""
+def cost_of_failed(run: PipelineRun, stage: Stage, error: Any) -> Cost | None:
+    """Return what all attempts of a stage that failed took; None if that is not known.
+
+    Of a stage that the budget did not let begin, this run took nothing: its earlier attempts are
+    in the costs of the runs that made them.
+    """
+    if isinstance(error, BudgetSpent):
+        return None
     with suppress(RLHFError, OSError, ValueError, KeyError):
         store = store_of(run.config)
         inputs = _inputs(run, stage.needed_inputs(run.config))

@@ -20,14 +20,13 @@ from rlhf.modeling.source import ExternalModel
 from rlhf.plain_text import one_line
 from rlhf.store import ArtifactRef, Store
 from tasks.challenge import ppo_settings
+from tasks.chat_models import find_policy
 from tasks.models import (
     CHAMPION,
     DATASET,
     POLICY,
     NamedModel,
     dataset_of,
-    find_model,
-    require_kind,
 )
 
 #: What a champion is called without its model line.
@@ -37,8 +36,8 @@ S3 = "s3://"
 _LAST = "config.json"
 
 
-def find_policy(text: str, store: Store, line: str) -> NamedModel:
-    """Find a policy of the store by digest, pin, URI, `champion` or `champion:<line>`.
+def find_stored(text: str, store: Store, line: str) -> NamedModel:
+    """Find a policy of the store as a chat does, by any name but a folder's.
 
     Args:
         text: What the user wrote.
@@ -52,8 +51,8 @@ def find_policy(text: str, store: Store, line: str) -> NamedModel:
     if text == CHAMPION_ALONE:
         lines = model_lines(store)
         only = lines[0] if len(lines) == 1 else line
-        text = CHAMPION + (line if champion(store, line) else only)
-    found = require_kind(find_model(text, store), POLICY, "export")
+        line = line if champion(store, line) else only
+    found = find_policy(text, line, store, purpose="export")
     if found.ref is None:
         raise ConfigError(
             f"{text}: is a folder, of which no store knows data, gates or lineage; store it first: "

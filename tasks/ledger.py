@@ -50,8 +50,10 @@ class Ledger:
     ) -> None:  # fmt: skip
         self.config, self.stage, self._store, self._key = config, stage, store, key
         self._history = f"{ATTEMPTS}{stage.name}/{key}"
-        self._file = work_dir / FOLDER / f"{name}.json"
         self._id = uuid.uuid4().hex[:16]
+        self._folder, self._name = work_dir / FOLDER, name
+        # Each attempt has its own: one that could not be sent yet is not written over.
+        self._file = self._folder / f"{name}.{self._id}.json"
         self._sent, self._is_sent = time.monotonic(), False
         self.machine = _machine(stage, config)
         prices = config.costs
@@ -68,14 +70,42 @@ class Ledger:
         return None if price is None else price * self.machine.devices
 
     def earlier(self) -> list[Cost]:
-        """Return the attempts so far that had no recorded result, killed ones of here included."""
-        with _harmless("what an attempt that was killed cost"):
-            if self._file.is_file() and self._file.stat().st_size <= LARGEST:
-                self._store.history.append(self._history, load_json(self._file.read_bytes()))
-        self._remove_file()
+        """Return the attempts so far that had no recorded result, killed ones of here included.
+
+        A file of one stays until the store has it; until then it counts all the same.
+        """
+        unsent: list[dict[str, Any]] = []
+        for path, entry in self._left():
+            if self._append(entry, "what an attempt that was killed cost"):
+                _remove(path)
+            else:
+                unsent.append(entry)
+        entries: list[dict[str, Any]] = []
         with _harmless("what earlier attempts cost"):
-            return attempts_of(self._store, self.stage.name, self._key)
-        return []
+            entries = _entries(self._store, self._history)
+        return _open_attempts([*entries, *unsent])
+
+    def settle(self, digest: str, *, whole: bool) -> None:
+        """Write down what a recorded artifact cost, if its process was killed before it could.
+
+        Args:
+            digest: Digest of the artifact.
+            whole: Whether it is the whole result.
+        """
+        left = self._left()
+        if not left:
+            return
+        with _harmless("what a stage cost whose process was killed"):
+            own = [entry for _, entry in left]
+            attempts = _open_attempts([*_entries(self._store, self._history), *own])
+            summed = total(attempts)
+            if summed and read_cost(self._store.history.latest(ARTIFACTS + digest)) is None:
+                self._store.history.append(ARTIFACTS + digest, summed.row())
+            for entry in own:
+                end = {"recorded": True, "id": entry["id"]}
+                self._store.history.append(self._history, end if whole else entry)
+            for path, _ in left:
+                _remove(path)
 
     @contextmanager
     def attempt(self) -> Iterator[Meter]:
@@ -86,8 +116,9 @@ class Ledger:
             try:
                 yield self._meter
             except BaseException:
-                self._send()
-                self._remove_file()
+                self._write()
+                if self._send():
+                    _remove(self._file)
                 raise
 
     def conclude(self, digest: str, earlier: Sequence[Cost], *, whole: bool) -> Cost:
@@ -98,15 +129,16 @@ class Ledger:
             earlier: The attempts before this one.
             whole: Whether it is the whole result; a training that its budget stopped goes on later.
         """
+        self._write()
         own = self._cost()
         summed = total([*earlier, own]) or own
         with _harmless("what the stage cost"):
             self._store.history.append(ARTIFACTS + digest, summed.row())
             if not whole:
-                self._send()
+                self._store.history.append(self._history, self._entry())
             elif earlier or self._is_sent:
-                self._store.history.append(self._history, {"recorded": True})
-        self._remove_file()
+                self._store.history.append(self._history, {"recorded": True, "id": self._id})
+            _remove(self._file)  # without it the next run settles this
         return summed
 
     def _cost(self) -> Cost:
@@ -131,15 +163,39 @@ class Ledger:
             scratch.write_text(json.dumps(self._entry()), encoding="utf-8")
             scratch.replace(self._file)
 
-    def _send(self) -> None:
+    def _send(self) -> bool:
         self._sent, self._is_sent = time.monotonic(), True
-        with _harmless("what the attempt cost"):
-            self._store.history.append(self._history, self._entry())
+        return self._append(self._entry(), "what the attempt cost")
 
-    def _remove_file(self) -> None:
-        with suppress(OSError):
-            self._file.unlink(missing_ok=True)
-            self._file.parent.rmdir()  # if there is no other
+    def _append(self, entry: Mapping[str, Any], what: str) -> bool:
+        """Add an entry to the attempts; return whether the store has it."""
+        with _harmless(what):
+            self._store.history.append(self._history, entry)
+            return True
+        return False
+
+    def _left(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Return the files of earlier attempts of this work here; damaged ones are removed."""
+        found: list[tuple[Path, dict[str, Any]]] = []
+        for path in left_attempts(self._folder.parent, self._name):
+            if path == self._file:
+                continue
+            with suppress(OSError, ValueError):
+                entry = load_json(path.read_bytes()) if path.stat().st_size <= LARGEST else None
+                is_one = isinstance(entry, dict) and isinstance(entry.get("id"), str)
+                if is_one and read_cost(entry.get("cost")):
+                    found.append((path, entry))
+                    continue
+            log.warning("%s is damaged, and is left out of the costs", path)
+            _remove(path)
+        return found
+
+
+def left_attempts(work_dir: Path, name: str) -> list[Path]:
+    """Return the files of attempts of a work that are in progress here, or were killed."""
+    folder = work_dir / FOLDER
+    # The first name is that of an older version.
+    return [*folder.glob(f"{name}.json"), *sorted(folder.glob(f"{name}.*.json"))]
 
 
 def attempts_of(store: Store, stage: str, key: str) -> list[Cost]:
@@ -148,12 +204,34 @@ def attempts_of(store: Store, stage: str, key: str) -> list[Cost]:
     Raises:
         StoreError: The store does not answer.
     """
+    return _open_attempts(_entries(store, f"{ATTEMPTS}{stage}/{key}"))
+
+
+def _entries(store: Store, history: str) -> list[dict[str, Any]]:
+    """Return a history's entries, and warn once of those that are left out as damaged."""
+    entries, problems = store.history.sound(history)
+    warn_of_damage(history, problems)
+    return entries
+
+
+def warn_of_damage(history: str, problems: Sequence[str]) -> None:
+    """Warn once that entries of a history of costs are left out."""
+    if problems:
+        count = f"{len(problems)} damaged " + ("entry is" if len(problems) == 1 else "entries are")
+        log.warning("%s: %s left out of the costs (%s)", history, count, problems[0])
+
+
+def _open_attempts(entries: Sequence[Mapping[str, Any]]) -> list[Cost]:
+    """Return the attempts that are in no recorded cost yet; one that was sent often counts once."""
     attempts: dict[str, Cost] = {}
-    for entry in store.history.entries(f"{ATTEMPTS}{stage}/{key}"):
+    closed: set[str] = set()
+    for entry in entries:
+        name = str(entry.get("id"))
         if entry.get("recorded"):
+            closed |= {*attempts, name}
             attempts.clear()
-        elif (cost := read_cost(entry.get("cost"))) is not None:
-            attempts[str(entry.get("id"))] = cost  # of one that was sent often the last entry
+        elif name not in closed and (cost := read_cost(entry.get("cost"))) is not None:
+            attempts[name] = cost  # the last entry
     return [*attempts.values()]
 
 
@@ -217,6 +295,12 @@ def _names(machine: Cost, stage: str) -> list[str]:
     runtime = sys.modules.get("prefect.runtime")
     deployment = runtime.deployment.name if runtime else None  # asks Prefect's server
     return [*place_names(stage, str(deployment)), *names] if deployment else names
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
+        file.parent.rmdir()  # if there is no other
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -103,9 +104,24 @@ def print_listing(
         on._width = before
 
 
-def show_json(value: Any, *, on: PlainConsole = console) -> None:
-    """Print a value as JSON in ASCII, which no terminal acts upon."""
-    on.print(json_module.dumps(value, indent=1, ensure_ascii=True), soft_wrap=True)
+def show_json(value: Any, *, indent: int | None = 1, on: PlainConsole = console) -> None:
+    """Print a value as JSON in ASCII, which no terminal acts upon; null for NaN and infinity.
+
+    Objects of other types than JSON's are printed as text.
+    """
+    text = json_module.dumps(
+        _finite(value), indent=indent, ensure_ascii=True, allow_nan=False, default=str
+    )
+    on.print(text, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null in place of numbers that are not finite, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(column: Column, value: Any, whole: bool) -> Text:

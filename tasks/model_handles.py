@@ -61,6 +61,7 @@ class _Model:
         loaded = load_source(config, {} if store is None else {"store": store}).config
         self._runtime = apply_machine_settings(loaded).runtime
         self._store = store_of(loaded)
+        self._ppo = None if config is None else loaded.ppo
         self._model = find(str(name), loaded, self._store)
 
     @property
@@ -173,7 +174,7 @@ class Policy(_Model):
         """How it replies by default: as it was trained to, as far as that is known."""
         from tasks.chat_models import settings_of
 
-        return settings_of(self._model, self._store)
+        return settings_of(self._model, self._store, self._ppo)
 
     @cached_property
     def speaker(self) -> Speaker:

@@ -19,6 +19,7 @@ from rlhf.champions import (
     require_approval,
 )
 from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import PromotionLost
 from rlhf.files import write_json
 from rlhf.gates import Verdict, read_verdict, require
@@ -55,8 +56,12 @@ def promote(run: StageRun) -> StageResult:
         champions.require_standing(history, name, ref.digest)
         _require_compared(run, verdict, before)
     if config.approval == "manual":
-        read_approval = require_approval if is_new else approval_of
-        approval = read_approval(run.store, name, ref.digest)
+        has_options = run.config.store_options != StoreConfig()
+        approval = (
+            require_approval(run.store, name, ref.digest, has_options)
+            if is_new
+            else approval_of(run.store, name, ref.digest)
+        )
     replies = smoke_test(
         run.folders["policy"], run.folders["data"], seconds=config.smoke_seconds,
         runtime=run.config.runtime,

@@ -52,7 +52,8 @@ def run_remotely(
     """Run a stage in a deployment, unless it has a record; return the result.
 
     A child of any parent that already does this work is waited for: the idempotency key is the
-    work's fingerprint, with a number that rises when a child has ended without a result.
+    work's fingerprint, with a number that rises when a child has ended without a result. What one
+    with another budget was stopped at is no result here: another child goes on from it.
 
     Raises:
         StageLost: The child crashed, or never started: its machine, worker or process is gone.
@@ -69,11 +70,17 @@ def run_remotely(
     # The child may wait for its machine longer than any grace period.
     with used(work, store, held), get_client(sync_client=True) as client:
         key = f"{stage.name}-{work.key}"
-        child, unstarted = _child(client, key, deployment, config, inputs, spent)
-        limits = Limits.of(config.retries, unstarted)
-        ended = _wait(client, child, deployment, limits)
-        _require_completed(client, ended, deployment)
-    result = recorded_outcome(work, store)
+        while True:
+            child, unstarted = _child(client, key, deployment, config, inputs, spent)
+            limits = Limits.of(config.retries, unstarted)
+            ended = _wait(client, child, deployment, limits)
+            _require_completed(client, ended, deployment)
+            result = recorded_outcome(work, store)
+            if result is not None or _has_budget_of(child, config):
+                break
+            get_run_logger().info(
+                "%s had another budget; another run goes on from what it has done", child.name
+            )
     if result is None:
         raise StageFailed(
             f"{stage.name}: {ended.name} on {deployment} completed, but its artifact is not in "
@@ -156,6 +163,13 @@ def _child(
             return child, unstarted
         unstarted += child.state.name == NEVER_STARTED
     raise StageFailed(f"{deployment}: {ATTEMPTS} runs of this work have ended without a result")
+
+
+def _has_budget_of(child: FlowRun, config: PipelineConfig) -> bool:
+    """Return whether a child was created with the same budget and prices."""
+    overrides: Mapping[str, Any] = child.parameters.get("overrides") or {}
+    own = config.model_dump(mode="json", include={"budget", "costs"})
+    return all(overrides.get(name) == value for name, value in own.items())
 
 
 def _linkable(client: SyncPrefectClient, identifier: str | None) -> UUID | None:

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from rlhf.budget import budget_text
 from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
+from rlhf.config.pipeline import StoreConfig
 from rlhf.costs import Forecast
 from rlhf.data.stored import read_card, read_summary
 from rlhf.files import expand_home
@@ -324,6 +325,8 @@ def _summary(run: PipelineRun, report: str, store: Store) -> Markdown:
     data = run.refs.get(PREPARE_DATA.name)
     findings = read_summary(store.fetch(data)).get("findings", ()) if data else ()
     pull = f"rlhf artifacts pull {report[:12]} report --store {run.config.store}"
+    if run.config.store_options != StoreConfig():
+        pull += " --config <the configuration of the run>"
     shown = run_overview(run)
     alarm = (bold(f"What stands out: {shown.alarm}, see below."),) if shown and shown.alarm else ()
     return paragraphs(

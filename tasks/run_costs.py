@@ -16,7 +16,8 @@ from rlhf.plain_text import one_line
 from rlhf.report.model import StageRow
 from rlhf.report.text import duration
 from rlhf.store import Store
-from tasks.ledger import RUNS
+from rlhf.store.manifest import first_problem
+from tasks.ledger import RUNS, warn_of_damage
 
 #: Runs of a line that are read.
 NEWEST = 200
@@ -89,15 +90,18 @@ def forecast_total(forecasts: Sequence[Forecast | None]) -> Forecast | None:
 
 
 def read_line(store: Store, line: str, count: int = NEWEST) -> list[RunCosts]:
-    """Return the costs of a line's newest runs, oldest first; damaged entries are passed over."""
+    """Return the costs of a line's newest runs, oldest first; warn once of damaged entries."""
     runs: dict[str, RunCosts] = {}
-    for entry in store.history.last(RUNS + line, count):
+    entries, problems = store.history.sound(RUNS + line, count)
+    for entry in entries:
         try:
             run = RunCosts.model_validate(entry)
-        except ValidationError:
+        except ValidationError as error:
+            problems.append(first_problem(error))
             continue
         before = runs.pop(run.run, None)
         runs[run.run] = run if before is None else _joined(before, run)
+    warn_of_damage(RUNS + line, problems)
     return [*runs.values()]
 
 

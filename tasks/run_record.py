@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import is_file
 from rlhf.plain_text import one_line
@@ -75,6 +76,8 @@ class RunRecord(_Part):
     updated: float = 0.0
     store: str = ""
     """URI of the store that it publishes to."""
+    store_options: StoreConfig | None = None
+    """Options of that store, which can hold no credentials; None in records of older versions."""
     state: str = RUNNING
     reason: str = ""
     waits: str = ""
@@ -97,10 +100,13 @@ class RunRecord(_Part):
         return self.state not in (RUNNING, AWAY)
 
 
-def new_record(name: str, stages: list[str], store: str = "") -> RunRecord:
+def new_record(
+    name: str, stages: list[str], store: str = "", options: StoreConfig | None = None
+) -> RunRecord:
     """Return the record of a run that this process begins now."""
     return RunRecord(
-        name=name, store=store, pid=os.getpid(), process_start=psutil.Process().create_time(),
+        name=name, store=store, store_options=options or StoreConfig(),
+        pid=os.getpid(), process_start=psutil.Process().create_time(),
         host=socket.gethostname(), started=time.time(), updated=time.time(),
         stages=[StageProgressRecord(name=stage) for stage in stages],
     )  # fmt: skip

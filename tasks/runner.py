@@ -38,7 +38,7 @@ from rlhf.store.manifest import canonical_json, sha256_bytes
 from rlhf.store.retention import in_use
 from tasks.board import board
 from tasks.budget import deadline_of, require_left, stopped_key
-from tasks.ledger import Ledger
+from tasks.ledger import Ledger, left_attempts
 from tasks.progress import Transfer
 from tasks.stage import Stage, StageRun, store_of
 from tasks.stages import STAGES, discard_checkpoints
@@ -123,6 +123,9 @@ def run_stage(
     with _exclusive(work_dir / f"{work.name}.lock", stage):
         recorded = recorded_outcome(work, store)
         if recorded is not None:
+            if left_attempts(work_dir, work.name):
+                ledger = Ledger(stage, work.key, work.name, config, store, work_dir)
+                ledger.settle(recorded.ref.digest, whole=not is_stopped(recorded.metrics))
             if not is_stopped(recorded.metrics):
                 discard_checkpoints(store, checkpoints)  # left by a try that was killed
             return recorded

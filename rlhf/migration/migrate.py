@@ -292,12 +292,14 @@ def _add_defaults(given: Given, result: Migration) -> None:
     name = TOOLS[given.tool]
     values = defaults(given.tool, given.kind)
     case = _case(given)
-    adds_batches = given.kind != "ppo" or given.tool == "trl"
-    if adds_batches and not _BATCH_NAMES & given.values.keys():
+    if not _BATCH_NAMES & given.values.keys():
         values |= dict(batches(case))
     if "lr_scheduler_type" in given.values or "scheduler" in given.values:
         values.pop("ppo.lr_final_fraction", None)  # decided with the schedule
-    if hidden := case.unknown_processes:
+    hidden = case.unknown_processes
+    if given.by_accelerate and not {"num_processes", "nproc_per_node"} & given.values.keys():
+        hidden = hidden or "accelerate launch without --num_processes"
+    if hidden:
         size = "ppo.chunk_size" if case.is_ppo else f"{given.trainer}.batch_size"
         result.notes.append(
             f"{hidden} does not tell how many processes there were: {size} is counted for one "

@@ -60,6 +60,8 @@ class Given:
     """True if the file holds all defaults too."""
     calls_lora: bool = False
     """True if peft's `LoraConfig` is called."""
+    by_accelerate: bool = False
+    """True if `accelerate launch` started it, by default on all devices of the machine."""
     notes: Sequence[str] = ()
     """What else the file holds, and is left out."""
 
@@ -180,7 +182,8 @@ def _from_command(words: Sequence[str], trainer: Trainer | None, origin: str) ->
         return _aitraining(values, trainer, origin)
     if line.other:
         raise ConfigError(f"{line.other} has no equal here; SFT, reward models and PPO have one")
-    return _trl(values, line.launcher, trainer or line.trainer, origin)
+    found = _trl(values, line.launcher, trainer or line.trainer, origin)
+    return replace(found, by_accelerate=line.by_accelerate)
 
 
 def _from_python(text: str, trainer: Trainer | None, origin: str) -> list[Given]:

@@ -21,6 +21,10 @@ _BEFORE = ("then", "do", "else", "if", "time", "nohup", "exec", "env", "(", "{",
 _SCRIPTS: tuple[tuple[str, Trainer], ...] = (
     ("ppo", "ppo"), ("reward", "reward_model"), ("rm", "reward_model"), ("sft", "sft"),
 )  # fmt: skip
+#: Characters of a shell's operators, and those of private use that stand for quoted ones.
+_OPERATORS = ";<>|&"
+_SHIELD = {ord(char): 0xF8F0 + i for i, char in enumerate(_OPERATORS)}
+_UNSHIELD = {code: char for char, code in _SHIELD.items()}
 #: Trainers that have no equal here.
 _OTHERS = re.compile(r"dpo|grpo|kto|orpo|rloo|cpo|gkd|bco|xpo|prm|distill", re.IGNORECASE)
 
@@ -38,6 +42,8 @@ class CommandLine:
     """By the name of the script or command."""
     other: str = ""
     """A trainer that has no equal here, by the name of the script or command."""
+    by_accelerate: bool = False
+    """Whether `accelerate launch` starts the script."""
 
 
 def is_command(words: Sequence[str]) -> bool:
@@ -76,21 +82,42 @@ def _commands_of(line: str) -> Iterator[list[str]]:
     """Yield the commands of a line of a shell, without redirections."""
     # The number of a redirected stream, as in `2>&1`, would be a word of its own.
     lexer = shlex.shlex(
-        re.sub(r"(?<=\s)\d(?=[<>])", "", line), posix=True, punctuation_chars=";<>|&"
-    )
+        re.sub(r"(?<=\s)\d(?=[<>])", "", _shielded(line)), posix=True,
+        punctuation_chars=_OPERATORS,
+    )  # fmt: skip
     lexer.whitespace_split = True
     words: list[str] = []
     is_target = False
     for word in lexer:
-        if not set(word) <= set(";<>|&"):
-            words += [] if is_target else [word]
+        if not word or not set(word) <= set(_OPERATORS):
+            words += [] if is_target else [word.translate(_UNSHIELD)]
             is_target = False
-        elif word and ("<" in word or ">" in word):
+        elif "<" in word or ">" in word:
             is_target = True
-        elif word:
+        else:
             yield _without_keywords(words)
             words, is_target = [], False
     yield _without_keywords(words)
+
+
+def _shielded(line: str) -> str:
+    """Return a line with other characters in place of operators that are quoted or escaped.
+
+    shlex returns them like the operators of the shell.
+    """
+    quote, is_escaped, found = "", False, list[str]()
+    for char in line:
+        is_text = bool(quote) or is_escaped
+        found.append(char.translate(_SHIELD) if is_text else char)
+        if is_escaped:
+            is_escaped = False
+        elif char == "\\" and quote != "'":
+            is_escaped = True
+        elif quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+    return "".join(found)
 
 
 def _without_keywords(words: Sequence[str]) -> list[str]:
@@ -111,7 +138,10 @@ def parse_command(words: Sequence[str]) -> CommandLine:
     matches: list[Trainer] = [told for part, told in _SCRIPTS if part in _parts_of(name)]
     trainer = next(iter(matches), None)
     other = name if trainer is None and _OTHERS.search(name) else ""
-    return CommandLine("trl", [*_options(after, "trl")], [*_options(before, "trl")], trainer, other)
+    return CommandLine(
+        "trl", [*_options(after, "trl")], [*_options(before, "trl")], trainer, other,
+        PurePath(rest[0]).name == "accelerate",
+    )  # fmt: skip
 
 
 def _without_variables(words: Sequence[str]) -> list[str]:

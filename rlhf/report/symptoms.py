@@ -8,13 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf.gates import Verdict
 from rlhf.report.reward_model import signed
-from rlhf.report.text import interval, number, number_of, percent, percent_range, points
+from rlhf.report.text import LARGEST, interval, number, number_of, percent, percent_range, points
 
 #: `serious`: the policy got worse or can't be trusted; `warning`: look at it before using the
 #: policy; `note`: true of the run, and often harmless.
 Severity = Literal["serious", "warning", "note"]
-#: Numbers beyond this are damage; sums and ratios of smaller ones are finite.
-LARGEST = 1e12
 SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from markupsafe import Markup
 
 MISSING = "–"
+#: Numbers beyond this are damage; sums and ratios of smaller ones are finite.
+LARGEST = 1e12
 #: Control characters and overrides of the writing direction, which would falsify the page's text.
 _HIDDEN = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -51,6 +53,21 @@ def number(value: Any) -> str:
         places = next(p for bound, p in _PLACES if size >= bound)
         text = f"{x:,.{places}f}".replace(",", "\u2009")
     return text.replace("-", "−")
+
+
+def figure(value: Any, form: str) -> str:
+    """Format a number for a terminal's table by a format such as `.2f`; damage becomes a dash.
+
+    That is none, or no finite number, or a number so large that it stands for an absent one.
+    """
+    x = number_of(value)
+    return MISSING if x is None or abs(x) > LARGEST else f"{x:{form}}"
+
+
+def figure_range(low: Any, high: Any, form: str, between: str = "–") -> str:
+    """Format the ends of an interval as `figure` does; empty if either is missing."""
+    a, b = figure(low, form), figure(high, form)
+    return "" if MISSING in (a, b) else f"{a}{between}{b}"
 
 
 def exact(value: Any) -> str:

@@ -70,12 +70,27 @@ class Histories:
         """Return all entries, oldest first."""
         return [*self.numbered(name).values()]
 
-    def last(self, name: str, count: int) -> list[dict[str, Any]]:
-        """Return the newest entries, oldest first."""
+    def sound(self, name: str, count: int | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return the newest entries (None: all), oldest first, without damaged or missing ones.
+
+        For histories in which an entry more or less decides nothing.
+
+        Returns:
+            The entries, and a line for each that is left out.
+        """
         folder = _folder(name)
         number = self._last(folder, self._numbers(folder))
-        keys = [_entry_key(folder, n) for n in range(max(1, number - count + 1), number + 1)]
-        return in_parallel(lambda key: open_sealed(self._backend, key), keys)
+        first = 1 if count is None else max(1, number - count + 1)
+
+        def read(key: str) -> dict[str, Any] | str:
+            try:
+                return open_sealed(self._backend, key)
+            except (ArtifactCorrupt, ArtifactMissing) as error:
+                return str(error)
+
+        found = in_parallel(read, [_entry_key(folder, n) for n in range(first, number + 1)])
+        entries = [each for each in found if not isinstance(each, str)]
+        return entries, [each for each in found if isinstance(each, str)]
 
     def numbered(self, name: str) -> dict[int, dict[str, Any]]:
         """Return all entries by number, oldest first; decide on them with `advance`."""

@@ -30,6 +30,8 @@ def test_approvals(local):
         ApprovalMissing, match=f"{A[:12]} of model line 'ours' waits .*rlhf approve"
     ):
         require_approval(local, "ours", A)
+    with pytest.raises(ApprovalMissing, match=r"--store \S+ --config <the configuration of"):
+        require_approval(local, "ours", A, options=True)
     said = record_approval(local, "ours", A, approved=False, by="ann", why="too\nshort", run="r-1")
     assert approval_of(local, "ours", A) == said
     with pytest.raises(ApprovalRefused, match=r"refused by ann in run r-1 at 20.* \(too short\); "):

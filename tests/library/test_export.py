@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from rlhf import export, export_check
 from rlhf.config import BaseModelConfig
 from rlhf.data.rendering import load_renderer
-from rlhf.errors import ExportFailed
+from rlhf.errors import ConfigError, ExportFailed
 from rlhf.export import Sampled, verify_export
 from rlhf.export import write_model as write_export
 from rlhf.files import read_json, write_json
@@ -219,6 +219,19 @@ def test_conversations_that_training_changes_are_left_out(sft):
     plain = export._conversations(renderer, ["tea?"])
     assert len(export._conversations(renderer, ["tea?", "<|end|> tea?"])) == len(plain)
     assert [messages for messages, _ in plain][-1] == [{"role": "user", "content": "tea?"}]
+
+
+def test_a_check_that_gives_no_answer_is_ended(monkeypatch):
+    asked = {"prompts": ["tea?"] * 4, "max_new_tokens": 10}
+    assert export.check_seconds(asked) == export.LOADING_SECONDS + 1200
+    assert export.check_seconds({**asked, "max_new_tokens": 10**9}) == export.MOST_SECONDS
+    monkeypatch.setenv("RLHF_EXPORT_SECONDS", "0.01")
+    with pytest.raises(ExportFailed, match=r"no answer in 0.01 s.*RLHF_EXPORT_SECONDS=<seconds>"):
+        export.in_own_process(asked)
+    for text in ("soon", "nan", "-1", "1e9"):
+        monkeypatch.setenv("RLHF_EXPORT_SECONDS", text)
+        with pytest.raises(ConfigError, match=f"RLHF_EXPORT_SECONDS = '{text}': is no time"):
+            export.in_own_process(asked)
 
 
 def test_this_project_can_not_be_imported(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
@@ -14,8 +15,10 @@ from rlhf.errors import BudgetSpent, ConfigError, StoreError
 from rlhf.report.model import StageState
 from rlhf.store import Producer
 from tasks.budget import check_budget, deadline_of, require_left, stopped_key
+from tasks.costs import cost_of_failed
 from tasks.forecast import forecast_of, kinds, reserve
 from tasks.ledger import ARTIFACTS, Ledger, attempts_of, cost_of_making, costs_of, record_run
+from tasks.report import PipelineRun
 from tasks.run_costs import (
     RunCosts,
     StageCosts,
@@ -25,7 +28,7 @@ from tasks.run_costs import (
     line_total,
     read_line,
 )
-from tasks.runner import fingerprint, run_stage
+from tasks.runner import fingerprint, run_stage, work_of
 from tasks.stage import store_of
 from tasks.stages import EVALUATE_POLICY, PREPARE_DATA, STAGES, TRAIN_POLICY, TRAIN_SFT
 
@@ -77,7 +80,7 @@ class _Killed(Exception):
 
 
 def _die(ledger):
-    ledger._send = ledger._remove_file = lambda: None
+    ledger._send = lambda: False
     raise _Killed
 
 
@@ -95,15 +98,15 @@ def test_failed_and_killed_attempts_are_in_the_sum(ledger, tmp_path):
     killed = ledger()
     with pytest.raises(_Killed):
         attempt(killed, 50, 5, lambda: (killed._sampled(), _die(killed)))
-    assert (tmp_path / "work/attempts/train-ab.json").is_file()
+    assert len([*(tmp_path / "work/attempts").iterdir()]) == 1
 
     last = ledger()
     earlier = last.earlier()
-    assert [round(cost.seconds) for cost in earlier] == [100, 50]
+    assert seconds(earlier) == [100, 50]
     assert not (tmp_path / "work/attempts").exists()
     attempt(last, 10, 9)
     cost = last.conclude(DIGEST, earlier, whole=True)
-    assert (round(cost.seconds), cost.attempts, cost.steps) == (160, 3, 9)
+    assert (seconds([cost]), cost.attempts, cost.steps) == ([160], 3, 9)
     assert cost.device == "cpu"
     assert cost.memory > 10**7
     assert cost.energy is None or cost.energy > 0
@@ -124,6 +127,120 @@ def test_an_attempt_that_was_sent_often_counts_once(ledger):
         second._send()
     second.conclude(DIGEST, [], whole=True)
     assert ledger().earlier() == []
+
+
+def kill(work):
+    """A process that is killed in its attempt; its file stays."""
+    with pytest.raises(_Killed):
+        attempt(work, 50, then=lambda: (work._sampled(), _die(work)))
+
+
+def seconds(costs):
+    """Seconds in tens: a machine under load takes some more."""
+    return [round(cost.seconds, -1) for cost in costs]
+
+
+def test_a_killed_attempt_counts_while_the_store_can_t_take_it(ledger, monkeypatch, tmp_path):
+    kill(ledger())
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.store.history.Histories.append", refuse)
+        assert seconds(ledger().earlier()) == [50]
+        failed = ledger()
+        with pytest.raises(OSError, match="disk"):
+            attempt(failed, 70, then=fail)
+        assert sorted(seconds(ledger().earlier())) == [50, 70]
+    assert sorted(seconds(ledger().earlier())) == [50, 70]
+    assert not (tmp_path / "work/attempts").exists()
+
+
+def refuse(*_):
+    raise StoreError("no answer")
+
+
+def test_a_process_that_is_killed_after_its_send_counts_once(ledger, monkeypatch):
+    kill(ledger())
+    with monkeypatch.context() as patch:  # killed before the file was removed
+        patch.setattr("tasks.ledger._remove", lambda _: None)
+        assert seconds(ledger().earlier()) == [50]
+    assert seconds(ledger().earlier()) == [50]
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_process_that_is_killed_as_it_concludes_counts_once(ledger, monkeypatch, writes):
+    """After the record of its artifact, before so many writes of the ledger were done."""
+    first = ledger()
+    with pytest.raises(OSError, match="disk"):
+        attempt(first, 100, then=fail)
+    last = ledger()
+    earlier = last.earlier()
+    attempt(last, 10)
+    done, append = [], last._store.history.append
+
+    def some(*entry):
+        if len(done) == writes:
+            raise _Killed
+        done.append(append(*entry))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last._store.history, "append", some)
+        patch.setattr("tasks.ledger._remove", lambda _: None)
+        with contextlib.suppress(_Killed):
+            last.conclude(DIGEST, earlier, whole=True)
+    ledger().settle(DIGEST, whole=True)  # of the next run, which finds the record
+    assert seconds(costs_of(last._store, [DIGEST]).values()) == [110]
+    assert ledger().earlier() == []
+
+
+def test_a_killed_stage_with_a_record_gets_its_cost_from_the_next_run(tmp_path, monkeypatch):
+    config = configured(tmp_path)
+
+    def killed(*_, **__):
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "conclude", killed)
+        with pytest.raises(_Killed):
+            run_stage(PREPARE_DATA, config, {})
+    again = run_stage(PREPARE_DATA, config, {})
+    assert again.cached
+    assert costs_of(store_of(config), [again.ref.digest])[again.ref.digest].seconds > 0
+    assert not (tmp_path / "work/attempts").exists()
+
+
+def test_a_damaged_entry_is_left_out_with_one_warning(ledger, caplog, tmp_path):
+    store = store_of(configured(tmp_path))
+    for name in ("a", "b", "c"):
+        run = run_of(name, stage_of("train-sft", Cost(seconds=5)))
+        record_run(store, "default", run.model_dump(mode="json", exclude_none=True))
+    damaged = tmp_path / "store/refs/costs/runs/default/000002.json"
+    damaged.chmod(0o644)
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        assert [run.run for run in read_line(store, "default")] == ["a", "c"]
+    (warning,) = caplog.messages
+    assert "costs/runs/default: 1 damaged entry is left out of the costs" in warning
+    assert find_run(store, "c").run == "c"
+
+    for took in (30, 40):
+        with pytest.raises(OSError, match="disk"):
+            attempt(ledger(), took, then=fail)
+    damaged = tmp_path / f"store/refs/costs/attempts/train-policy/{KEY}/000001.json"
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"{}")
+    assert seconds(ledger().earlier()) == [40]
+
+
+def test_a_stage_that_the_budget_kept_from_beginning_costs_its_run_nothing(tmp_path):
+    config = configured(tmp_path)
+    run = PipelineRun(config, {}, "r", "2026-11-29T10:00:00+00:00")
+    store = store_of(config)
+    key = work_of(PREPARE_DATA, config, {}, store).key
+    before = Ledger(PREPARE_DATA, key, "prepare", config, store, tmp_path / "work")
+    (tmp_path / "work").mkdir()
+    with pytest.raises(OSError, match="disk"):
+        attempt(before, 100, then=fail)
+    assert cost_of_failed(run, PREPARE_DATA, BudgetSpent("spent")) is None
+    assert seconds([cost_of_failed(run, PREPARE_DATA, OSError("disk"))]) == [100]
 
 
 def test_a_training_that_the_budget_stopped_goes_on_in_the_sum(ledger):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from datetime import date
 from pathlib import Path
 
@@ -274,13 +275,14 @@ def test_trackers_that_are_unknown_are_told(tmp_path):
 @pytest.mark.parametrize(
     "launcher",
     ["accelerate launch --config_file a.yaml", "torchrun --nproc_per_node gpu",
-     "torchrun --nproc_per_node $N"],
+     "torchrun --nproc_per_node $N", "accelerate launch"],
 )  # fmt: skip
 def test_an_unknown_number_of_processes_is_told(launcher):
     result = of_words(f"{launcher} sft.py --packing --per_device_train_batch_size 4")
     assert any("counted for one process" in note for note in result.notes)
-    known = of_words("torchrun --nproc_per_node 2 sft.py --packing")
-    assert not any("one process" in note for note in known.notes)
+    for launch in ("torchrun --nproc_per_node 2", "accelerate launch --num_processes 2", "python"):
+        known = of_words(f"{launch} sft.py --packing")
+        assert not any("one process" in note for note in known.notes)
 
 
 def test_environments_of_aitraining(tmp_path):
@@ -476,6 +478,25 @@ def test_commands_of_one_line_are_read_apart(tmp_path, between):
     config = loaded(of_file(tmp_path, "two.sh", line), tmp_path)
     assert (config.sft.learning_rate, config.sft.epochs) == (2e-5, 2.0)
     assert (config.reward_model.learning_rate, config.reward_model.epochs) == (3e-5, 3.0)
+
+
+@pytest.mark.parametrize("text", ['"|"', "'&&'", "\\;", '">"', '"a\\"|b"', "'2>x'"])
+def test_a_quoted_operator_is_text(tmp_path, text):
+    result = of_file(tmp_path, "q.sh", f"python ppo.py --kl_coef 0.3 --sep {text} --seed 7 | tee\n")
+    assert (result.config.ppo.kl_coef, result.config.seed) == (0.3, 7)
+    (sep,) = [finding for finding in result.findings if finding.name == "sep"]
+    assert sep.value == shlex.split(text)[0]
+
+
+def test_aitrainings_own_ppo_values_hold_where_none_are_given(tmp_path):
+    """train_clm_ppo.py: 2 × 4 rows, and what TRL's PPOConfig has by default."""
+    plain = {"trainer": "ppo", "model": "gpt2", "data_path": "d"}
+    ppo = of_file(tmp_path, "a.json", json.dumps(plain)).config.ppo
+    assert (ppo.chunk_size, ppo.mini_batch_size, ppo.max_new_tokens) == (8, 8, 53)
+    assert ppo.temperature == 0.7
+    given = {**plain, "rl_max_new_tokens": 64, "rl_temperature": 1.0, "rl_chunk_size": 32}
+    ppo = of_file(tmp_path, "b.json", json.dumps(given)).config.ppo
+    assert (ppo.chunk_size, ppo.max_new_tokens, ppo.temperature) == (32, 64, 1.0)
 
 
 def test_redirections_are_no_values(tmp_path):

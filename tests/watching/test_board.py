@@ -168,7 +168,7 @@ def test_an_error_that_leaves_the_run_ends_its_record(tmp_path):
     with board.running("c", ["train-sft"], tmp_path):
         board.end_by_signal(INTERRUPTED, 143)
         found = {r.name: (r.state, r.code) for r in read_records(tmp_path / "runs")}
-    assert found == {"a": ("Failed", None), "b": (INTERRUPTED, None), "c": (INTERRUPTED, 143)}
+    assert found == {"a": ("Failed", 2), "b": (INTERRUPTED, None), "c": (INTERRUPTED, 143)}
 
 
 def test_a_worker_shows_and_writes_nothing(tmp_path):

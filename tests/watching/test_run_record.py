@@ -120,6 +120,7 @@ def test_the_commands_tell_of_a_killed_run(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("state", "code", "expected"),
     [("Promoted", None, 0), ("NotBetter", None, 0), ("Completed", None, 0), ("Failed", None, 1),
+     ("Failed", 2, 2),
      ("GateRejected", None, 3), ("Interrupted", 130, 130), ("Killed", None, 1)],
 )  # fmt: skip
 def test_watch_ends_as_the_run_did(state, code, expected, folder, tmp_path, capsys):
