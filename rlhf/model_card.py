@@ -153,6 +153,11 @@ def licence_of(folder: Path) -> str | None:
     return found[1] if found and _LICENCE.fullmatch(found[1]) else None
 
 
+def is_hub_id(text: str) -> bool:
+    """Return whether a base's name is that of a hub's repository, with a revision or without."""
+    return bool(_HUB_ID.fullmatch(text.partition("@")[0]))
+
+
 def _is_approved(facts: CardFacts) -> bool:
     return facts.verdict is not None and facts.verdict.approved
 

@@ -16,7 +16,6 @@ from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import ArtifactMissing, ConfigError, ExportFailed, StoreError, UnexpectedError
 from rlhf.export import OWN_PROMPTS, Checked, Sampled, verify_export, write_model
 from rlhf.files import exists, is_dir
-from rlhf.modeling.source import ExternalModel
 from rlhf.plain_text import one_line
 from rlhf.store import ArtifactRef, Store
 from tasks.challenge import ppo_settings
@@ -128,7 +127,7 @@ def export_policy(
 
 def facts_of(ref: ArtifactRef, store: Store, licence: str | None) -> Any:
     """Return what the store knows of a policy, for its card."""
-    from rlhf.model_card import CardFacts, Step, licence_of
+    from rlhf.model_card import CardFacts, Step
 
     lineage: dict[str, Step] = {}
     for each in store.lineage(ref):
@@ -140,7 +139,7 @@ def facts_of(ref: ArtifactRef, store: Store, licence: str | None) -> Any:
     facts = CardFacts(
         digest=ref.digest, stage=manifest.producer.stage, base=base, base_is_on_hub=on_hub,
         from_scratch=scratch,
-        licence=licence or (licence_of(stated) if stated else None),
+        licence=licence or stated,
         champion_of=tuple(
             line for line in model_lines(store)
             if (entry := latest_entry(store, line)) and entry.get("policy") == ref.digest
@@ -263,22 +262,22 @@ def _sampled(policy: ArtifactRef, store: Store) -> Sampled | None:
     return Sampled(ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p, stops)
 
 
-def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, Path | None, bool]:
-    """Return the base's name for others, if it is a hub id, its local folder, if from scratch."""
-    configs = [store.manifest(d).producer.config for d in digests if store.exists(d)]
-    sections = [base for c in configs if isinstance(base := c.get("base"), dict)]
-    for section in sections:
-        path = section.get("path")
-        if not isinstance(path, str):
-            continue
-        model = ExternalModel("base.path", path)
-        if model.is_artifact or path.startswith(S3):
-            return path, False, None, False
-        if model.is_on_hub:
-            return path, True, None, False
-        # Where it lies on this machine is nobody else's business.
-        return model.path.name, False, model.path, False
-    return "", False, None, bool(sections)
+def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, str | None, bool]:
+    """Return the base's name for others, if it is a hub id, its licence, and if from scratch.
+
+    SFT notes them. Of a base that is an artifact the base that it was made from is named, if it is
+    in the lineage. Without a note, as in what was pushed, it is not known.
+    """
+    from rlhf.model_card import is_hub_id
+
+    known = [metrics for d in digests if "base_model" in (metrics := _metrics(d, store))]
+    named = [metrics for metrics in known if metrics["base_model"]]
+    outside = [m for m in named if not str(m["base_model"]).startswith("artifact:")]
+    for metrics in [*outside, *named][:1]:
+        name = str(metrics["base_model"])
+        licence = metrics.get("base_licence")
+        return name, is_hub_id(name), str(licence) if licence else None, False
+    return "", False, None, bool(known) and not named
 
 
 def _metrics(digest: str | None, store: Store) -> Mapping[str, Any]:

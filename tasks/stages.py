@@ -132,7 +132,24 @@ def _train_sft(run: StageRun) -> StageResult:
         section = section.model_copy(update={"processes": None, "nodes": 1})
     if "base" in run.folders:
         base = base.model_copy(update={"path": str(run.folders["base"]), "revision": None})
-    return _train(run, "sft", section, base=base, limits=run.config.token_limits("sft"))
+    result = _train(run, "sft", section, base=base, limits=run.config.token_limits("sft"))
+    return StageResult({**result.metrics, **_about_base(run)})
+
+
+def _about_base(run: StageRun) -> dict[str, str | None]:
+    """Return the base's name for others, for cards, and the licence that its own card states.
+
+    Where it lies on this machine is nobody else's business: of a folder the last name is kept.
+    """
+    external = external_base_model(run.config)
+    if external is None:
+        return {"base_model": None}
+    if external.is_artifact or external.uri.startswith("s3://") or external.is_on_hub:
+        return {"base_model": external.uri}
+    from rlhf.model_card import licence_of
+
+    licence = licence_of(external.path)
+    return {"base_model": external.path.name} | ({"base_licence": licence} if licence else {})
 
 
 def _train_reward_model(run: StageRun) -> StageResult:

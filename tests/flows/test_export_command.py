@@ -72,7 +72,7 @@ def test_a_champion_is_exported_and_verified(rlhf, finished, tmp_path):
     assert card.data.library_name == "transformers"
     policy = champion(opened(finished, tmp_path), "default").policy
     for text in (policy, "Approved by its gate", "12 of 12 greedy replies", "95 % interval",
-                 "train-reward-model", "transformers 5."):  # fmt: skip
+                 "train-reward-model", "transformers 5.", "from scratch"):  # fmt: skip
         assert text in card.text
     # As a user would, with transformers alone, in another process than this.
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]

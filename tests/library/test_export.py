@@ -20,8 +20,11 @@ from rlhf.errors import ConfigError, ExportFailed
 from rlhf.export import Sampled, verify_export
 from rlhf.export import write_model as write_export
 from rlhf.files import read_json, write_json
+from rlhf.model_card import _licence, _origin
 from rlhf.modeling.base import load_base
 from rlhf.modeling.weights import save_model
+from rlhf.store import Producer, open_store
+from tasks.export import facts_of
 from tests.library import toys
 from tests.library.tiny_tokenizers import LINES, byte_level, fast, with_bos, write_model
 
@@ -239,3 +242,41 @@ def test_this_project_can_not_be_imported(monkeypatch):
     monkeypatch.delitem(sys.modules, "rlhf.plain_text")
     with pytest.raises(ImportError, match="no part of an export"):
         __import__("rlhf.plain_text")
+
+
+@pytest.mark.parametrize(
+    ("sft", "told"),
+    [
+        ({"base_model": None}, ("", False, None, True)),
+        ({"base_model": "smollm2", "base_licence": "apache-2.0"},
+         ("smollm2", False, "apache-2.0", False)),
+        ({"base_model": "HuggingFaceTB/SmolLM2-135M@main"},
+         ("HuggingFaceTB/SmolLM2-135M@main", True, None, False)),
+        ({"base_model": "s3://models/base"}, ("s3://models/base", False, None, False)),
+        ({}, ("", False, None, False)),  # of an earlier version, or pushed: nothing is claimed
+    ],
+)  # fmt: skip
+def test_the_card_names_the_base_that_sft_noted(tmp_path, sft, told):
+    """A local base was called 'from scratch', and its licence 'the owner decides'."""
+    (tmp_path / "files").mkdir()
+    store = open_store(str(tmp_path / "store"), cache_dir=tmp_path / "cache")
+
+    def publish(name: str, metrics: dict, **parents):
+        (tmp_path / "files" / "a.txt").write_text(name)
+        producer = Producer(stage=name, code_version="1", config={}, seed=0, versions={})
+        return store.publish(
+            tmp_path / "files", "policy", parents=parents, producer=producer, metrics=metrics
+        )
+
+    first = publish("train-sft", sft)
+    facts = facts_of(publish("train-policy", {}, sft=first), store, None)
+    assert (facts.base, facts.base_is_on_hub, facts.licence, facts.from_scratch) == told
+    said = "\n".join(map(str, [*_origin(facts), _licence(facts)]))
+    assert ("from scratch" in said) == told[3]
+    assert ("Not known here" in said) == (not told[3] and told[2] is None)
+    # A policy that started from the first is named by the first one's base, if that is known.
+    artifact = f"artifact:{first.digest}"
+    second = publish("train-sft", {"base_model": artifact}, base=first)
+    facts = facts_of(publish("train-policy", {}, sft=second), store, None)
+    assert facts.base == (told[0] or artifact)
+    assert not facts.from_scratch
