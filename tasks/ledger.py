@@ -182,8 +182,7 @@ class Ledger:
                 continue
             with suppress(OSError, ValueError):
                 entry = load_json(path.read_bytes()) if path.stat().st_size <= LARGEST else None
-                is_one = isinstance(entry, dict) and isinstance(entry.get("id"), str)
-                if is_one and read_cost(entry.get("cost")):
+                if isinstance(entry, dict) and entry.get("id") and read_cost(entry.get("cost")):
                     found.append((path, entry))
                     continue
             log.warning("%s is damaged, and is left out of the costs", path)
