@@ -175,8 +175,8 @@ MISTAKES = (
     Mistake(
         "Promoting what no gate has judged",
         "promote 3f2a91c04d",
-        "3f2a91c04d: no gate has judged it; to promote it all the same: --unapproved --why '<the "
-        "reason>'",
+        "3f2a91c04d: no gate has judged it; to make it the champion of default all the same: "
+        "--unapproved --why '<the reason>'",
         key="unapproved",
     ),
     Mistake(

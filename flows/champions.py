@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tasks.run_record import RunRecord
 
 NameOption = Annotated[
-    str | None, Parameter(help="Model line; default: the preset's promotion.name, or default.")
+    str | None,
+    Parameter(help="Model line; default: the preset's, or the store's only one, or default."),
 ]
 
 #: Columns of `rlhf champion`.
@@ -92,7 +93,8 @@ def promote(
         said = describe_verdict(verdict, None) if verdict else "no gate has judged it"
         reason = f"{said} ({verdict.reason})" if verdict else said
         raise ConfigError(
-            f"{ref.short}: {reason}; to promote it all the same: --unapproved --why '<the reason>'"
+            f"{ref.short}: {reason}; to make it the champion of {line} all the same: --unapproved "
+            "--why '<the reason>'"
         )
     dataset = _dataset(opened, ref, data)
     replies = smoke_test(
@@ -219,12 +221,24 @@ def approve(
 def _open_model_line(
     name: str | None, store: str | None, config: Path | None
 ) -> tuple[PipelineConfig, Store]:
-    """Return the configuration of a model line (its `promotion.name`), and its store."""
+    """Return the configuration of a model line (its `promotion.name`), and its store.
+
+    Without a name and a preset it is the only line of the store that has a champion or runs.
+    """
+    from rlhf.champions import line_of, model_lines
+    from tasks.run_costs import lines
     from tasks.stage import store_of
 
     options = {"store": store, "promotion.name": name}
     loaded = load_config(config, [f"--{key}={value}" for key, value in options.items() if value])
-    return loaded.config, store_of(loaded.config)
+    opened = store_of(loaded.config)
+    if name is None and config is None:
+        promotion = loaded.config.promotion
+        known = sorted({*model_lines(opened), *lines(opened)})
+        meant = {"name": line_of(promotion.name, known)}
+        changed = {"promotion": promotion.model_copy(update=meant)}
+        return loaded.config.model_copy(update=changed), opened
+    return loaded.config, opened
 
 
 def _dataset(store: Store, policy: ArtifactRef, data: str | None) -> ArtifactRef:

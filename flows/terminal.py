@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
 
-from rlhf.config import apply_machine_settings
+from rlhf.config import PipelineConfig, apply_machine_settings
 from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError
@@ -34,7 +35,15 @@ from tasks.report import (
     run_overview,
 )
 from tasks.stage import store_of
-from tasks.stages import EVALUATE_POLICY, PREPARE_DATA, SAMPLES
+from tasks.stages import (
+    EVALUATE_POLICY,
+    GATE_POLICY,
+    GATE_REWARD_MODEL,
+    PREPARE_DATA,
+    SAMPLES,
+    TRAIN_POLICY,
+    TRAIN_SFT,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -80,6 +89,8 @@ def show_run(console: PlainConsole, run: PipelineRun) -> None:
     if "tensorboard" in tracking.trackers and logs.is_dir():
         say(f"metrics: tensorboard --logdir {logs}", on=console)
     say(f"report: {run.report}", on=console)
+    for line in _next_steps(run):
+        say(line, "bold", on=console)
     use = disk_use(run.config)
     if use.is_large:
         for line in use.lines():
@@ -141,6 +152,28 @@ def lineage_tree(ancestors: Sequence[Ancestor]) -> Tree:
         path = path[:depth]
         path.append(path[-1].add(one_line(f"{role}: {ref.short} {ref.kind}")))
     return root
+
+
+def _next_steps(run: PipelineRun) -> Iterator[str]:
+    """Yield the commands with which one goes on after a gate has said no."""
+    gates = {row.name for row in run.rows if row.state == StageState.GATE_REJECTED}
+    is_usual = Path(run.config.store).absolute() == Path(PipelineConfig().store).absolute()
+    store = "" if is_usual else f" --store {shlex.quote(run.config.store)}"
+    if GATE_REWARD_MODEL.name in gates:
+        yield (
+            "next:   change what stands out above, and run again: finished stages are Cached; or go "
+            "on without this gate, as a trial: --gates.reward_model=none"
+        )
+        if TRAIN_SFT.name in run.refs:
+            yield f"        rlhf chat {run.refs[TRAIN_SFT.name].short}{store}    # the SFT policy"
+    if GATE_POLICY.name in gates and TRAIN_POLICY.name in run.refs:
+        policy = run.refs[TRAIN_POLICY.name].short
+        yield f"next:   rlhf samples {policy} --lost{store}    # the replies, worst first"
+        yield f"        rlhf chat {policy} --versus sft{store}"
+        yield (
+            f"        rlhf promote {policy} --unapproved --why '<the reason>' --name "
+            f"{run.config.promotion.name}{store}    # make it the champion all the same"
+        )
 
 
 def _stages(run: PipelineRun) -> Group:

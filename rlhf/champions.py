@@ -33,6 +33,8 @@ from rlhf.store.manifest import Digest, first_problem
 
 #: Environment variable with the name of the person who decides.
 USER = "RLHF_USER"
+#: Name of the model line where a configuration chooses none.
+DEFAULT_LINE = "default"
 #: Prefix of the names of the champions' histories.
 CHAMPIONS = "champion/"
 #: Most characters of a name or a reason.
@@ -115,6 +117,11 @@ def latest_entry(store: Store, name: str) -> dict[str, Any] | None:
 def model_lines(store: Store) -> list[str]:
     """Return the names of the model lines that have a history."""
     return [name.removeprefix(CHAMPIONS) for name in store.history.names(CHAMPIONS)]
+
+
+def line_of(name: str, known: Sequence[str]) -> str:
+    """Return the model line that is meant: `name`, or the only known one where none was chosen."""
+    return known[0] if name == DEFAULT_LINE and len(known) == 1 else name
 
 
 def champion(store: Store, name: str) -> Promotion | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from rlhf.champions import champion, model_lines
+from rlhf.champions import champion, line_of, model_lines
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import is_file
 from rlhf.plain_text import one_line
@@ -195,6 +195,7 @@ def find_policy(
     if not is_word or store.pins.find(text) is not None:
         return require_kind(_named(text, store), POLICY, purpose)
     if text == CHAMPION_WORD:
+        line = line_of(line, model_lines(store))
         if champion(store, line) is None:
             raise ArtifactMissing(_no_champion(line, store))
         found = find_model(f"{CHAMPION}{line}", store)

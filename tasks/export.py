@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.champions import champion, latest_entry, model_lines, verdict_of
+from rlhf.champions import latest_entry, model_lines, verdict_of
 from rlhf.config import RuntimeConfig
 from rlhf.config.pipeline import StoreConfig
 from rlhf.data.lineage import forgotten_ids
@@ -21,15 +21,12 @@ from rlhf.store import ArtifactRef, Store
 from tasks.challenge import ppo_settings
 from tasks.chat_models import find_policy
 from tasks.models import (
-    CHAMPION,
     DATASET,
     POLICY,
     NamedModel,
     dataset_of,
 )
 
-#: What a champion is called without its model line.
-CHAMPION_ALONE = CHAMPION.removesuffix(":")
 S3 = "s3://"
 #: Uploaded last: without it a folder on S3 is no model.
 _LAST = "config.json"
@@ -41,16 +38,12 @@ def find_stored(text: str, store: Store, line: str) -> NamedModel:
     Args:
         text: What the user wrote.
         store: Where it is.
-        line: Model line of a bare `champion`; the store's only one is taken where it has none.
+        line: Model line of a bare `champion`.
 
     Raises:
         ConfigError: It is a local folder, or no policy.
         ArtifactMissing: There is none.
     """
-    if text == CHAMPION_ALONE:
-        lines = model_lines(store)
-        only = lines[0] if len(lines) == 1 else line
-        line = line if champion(store, line) else only
     found = find_policy(text, line, store, purpose="export")
     if found.ref is None:
         raise ConfigError(

@@ -114,7 +114,7 @@ def _against_champion(policy: Mapping[str, Any], verdict: Verdict | None, compar
             return _answer(question, "not compared", "gates.champion is none")
         if not any(key in policy for key in _RECENT):
             return _answer(question, "unknown", "this evaluation compares with SFT alone")
-        return _answer(question, "no champion yet", "")
+        return _answer(question, "there was no champion to compare it with", "")
     parts = [f"champion {short(str(digest))}"] if digest else []
     parts += [text] if (text := win_rates(champion)) else []
     if not checks:

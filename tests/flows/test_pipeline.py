@@ -276,6 +276,8 @@ def test_the_first_screen_shows_each_stage_whole_at_80_columns(first_run):
     show_run(console, run)
     told = console.export_text()
     assert "not run: train-judge, train-policy, evaluate-policy, gate-policy, promote" in told
+    assert f"rlhf chat {first_run.result.refs['train-sft'].short} --store " in told
+    assert "--gates.reward_model=none" in told
     assert "no: a" not in told, "the error is printed by the command, at the very end"
 
 

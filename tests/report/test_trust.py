@@ -100,7 +100,7 @@ def test_many_failed_checks_are_counted():
 
 
 def test_without_a_comparison_nothing_is_claimed():
-    assert against_champion().answer == "no champion yet"
+    assert against_champion().answer == "there was no champion to compare it with"
     # There may be a champion where the configuration asks for no comparison.
     unasked = trust_answers({"prompts_from": "run"}, verdict(), compares=False)[1]
     assert unasked.line == "better than the champion: not compared (gates.champion is none)"
