@@ -161,8 +161,8 @@ def _next_steps(run: PipelineRun) -> Iterator[str]:
     store = "" if is_usual else f" --store {shlex.quote(run.config.store)}"
     if GATE_REWARD_MODEL.name in gates:
         yield (
-            "next:   change what stands out above, and run again: finished stages are Cached; or go "
-            "on without this gate, as a trial: --gates.reward_model=none"
+            "next:   change what stands out above, and run again: finished stages are Cached; or "
+            "go on without this gate, as a trial: --gates.reward_model=none"
         )
         if TRAIN_SFT.name in run.refs:
             yield f"        rlhf chat {run.refs[TRAIN_SFT.name].short}{store}    # the SFT policy"

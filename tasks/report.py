@@ -92,15 +92,16 @@ class PipelineRun:
     """Where the budget stopped PPO, as a sentence."""
 
     @property
-    def all_cached(self) -> bool:
-        """True if every stage had a record."""
-        return all(row.state == StageState.CACHED for row in self.rows)
+    def repeats(self) -> bool:
+        """Whether nothing was made: every stage had a record, or said no as it did before."""
+        made = (StageState.COMPLETED, StageState.FAILED)
+        return all(row.state not in made for row in self.rows)
 
 
 def write_report(run: PipelineRun) -> Markdown:
     """Write the report to the report folder and the store, and return its summary.
 
-    Sets `run.report`. A run whose stages were all cached gets the page of the run that it repeats.
+    Sets `run.report`. A run that made nothing gets the page of the run that it repeats.
     The summary is shown in Prefect's UI too. If the store fails, so that a failed run can't be
     reported from it, the page in the report folder has what is known without.
     """
@@ -208,7 +209,7 @@ def _publish(run: PipelineRun, store: Store) -> str:
         identity["drift"] = run.drift.verdict.digest
     key = sha256_bytes(canonical_json(identity))
     run.report = _page(run, key)
-    record = store.history.latest(f"records/report/{key}") if run.all_cached else None
+    record = store.history.latest(f"records/report/{key}") if run.repeats else None
     if record and store.exists(record["digest"]) and store.renew(record["digest"]):
         _copy_report(store.fetch(record["digest"]), run.report)
         return record["digest"]

@@ -136,7 +136,7 @@ def _train_sft(run: StageRun) -> StageResult:
     return StageResult({**result.metrics, **_about_base(run)})
 
 
-def _about_base(run: StageRun) -> dict[str, str | None]:
+def _about_base(run: StageRun) -> Mapping[str, str | None]:
     """Return the base's name for others, for cards, and the licence that its own card states.
 
     Where it lies on this machine is nobody else's business: of a folder the last name is kept.

@@ -186,9 +186,12 @@ def test_a_rejection_ends_as_rejected_with_its_reason(tiny, finished, gate):
 
 def test_a_rejection_is_not_retried_and_says_the_same_again(tiny, finished):
     config = tiny(gates__reward_model=[{"metric": "accuracy", "min": "n"}])
+    pages = []
     for _ in range(2):
         _, result = run(config)
         assert isinstance(result.error, GateRejected)
+        pages.append((result.report, result.report.read_bytes()))
+    assert pages[0] == pages[1], "the page of the run that did the work was overwritten"
     assert task_run_counts(config, "gate-reward-model") == [1, 1]
 
 
