@@ -233,8 +233,9 @@ MISTAKES = (
     Mistake(
         "No champion to talk to",
         "export champion out",
-        "champion:default: file:///home/me/project/.rlhf/store has no champion of that line; lines "
-        "that have: none",
+        "file:///home/me/project/.rlhf/store has no champion of the line default (lines that have: "
+        "none); it holds no policy either: train one by rlhf run, name the store by --store, or a "
+        "model's folder",
     ),
     Mistake(
         "A stage before those that it needs",

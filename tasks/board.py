@@ -228,6 +228,9 @@ class Board:
         # A full disk is told by what needs it; a path may hold bytes that JSON can't.
         with self._lock, suppress(OSError, ValueError):
             self.record.updated = time.time()
+            for stage in self.record.stages:  # what is left is that of this moment, too
+                if stage.left is not None and stage.name in self._etas:
+                    stage.left = self._etas[stage.name].left(moment)
             write_record(self.record, self._folder)
 
     def _progress_line(self, name: str, step: int, total: int, text: str, now: float) -> None:

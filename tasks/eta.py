@@ -54,7 +54,9 @@ class Eta:
             seconds = self._first[1]
         else:
             return None
-        return max((self._total - step) * seconds - (now - since), 0.0)
+        # The step that is being made may take longer than the typical one; the others do not less.
+        rest = (self._total - step - 1) * seconds
+        return rest + max(seconds - (now - since), 0.0)
 
     def _seconds_per_step(self) -> float:
         """Return a typical recent step's seconds, and its share of all pauses so far."""

@@ -158,6 +158,27 @@ def test_a_long_step_gives_a_sign_of_life(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_what_is_left_shrinks_while_a_long_step_is_made(tmp_path, monkeypatch):
+    """The record is written again within a step, for others to watch: its ETA stood still."""
+    clock = [100.0]
+    monkeypatch.setattr(board_module.time, "monotonic", lambda: clock[0])
+    board = Board()
+    board.show_on(PlainConsole(file=io.StringIO(), force_terminal=False))
+    with board.running("tiny", ["evaluate-policy"], tmp_path):
+        board.start_stage("evaluate-policy")
+        board._stop.set()  # the clock is ours
+        clock[0] += 170.0
+        board.tell("evaluate-policy", 1, 3, {}, "")
+        left = []
+        for _ in range(3):
+            board.note_report(tmp_path / "page.html")
+            (record,) = read_records(tmp_path / "runs")
+            left.append(record.stages[0].left)
+            clock[0] += 85.0
+        board.end("Completed")
+    assert left == [340.0, 255.0, 170.0]
+
+
 def test_an_error_that_leaves_the_run_ends_its_record(tmp_path):
     board = Board()
     board.show_on(PlainConsole(file=io.StringIO(), force_terminal=False))
