@@ -14,20 +14,15 @@ import pytest
 from tests import conftest
 
 ROOT = Path(__file__).parents[1]
+LISTS = ("UNMEASURED", "EACH_COMMIT", "CHECKED", "LONG")
 
 
-def ids(path: Path, places: tuple[ast.AST, ...] = ()) -> list[str]:
-    """Return the ids of a file's tests without their cases, by reading it."""
-    tree = places[-1] if places else ast.parse(path.read_bytes())
-    found = []
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-            found += ids(path, (*places, node))
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if node.name.startswith("test"):
-                names = [place.name for place in places if isinstance(place, ast.ClassDef)]
-                found.append("::".join([path.relative_to(ROOT).as_posix(), *names, node.name]))
-    return found
+def ids(path: Path) -> list[str]:
+    """Return the ids of a file's functions and classes of tests, by reading it."""
+    body = ast.parse(path.read_bytes()).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    file = path.relative_to(ROOT).as_posix()
+    return [f"{file}::{name}" for name in names if name.startswith(("test", "Test"))]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +35,16 @@ def unmatched(prefixes: tuple[str, ...], names: list[str]) -> list[str]:
     return [one for one in prefixes if not any(n.startswith(one.split("[")[0]) for n in names)]
 
 
-@pytest.mark.parametrize("name", ["UNMEASURED", "EACH_COMMIT", "CHECKED", "LONG"])
+@pytest.mark.parametrize("name", LISTS)
 def test_each_entry_is_the_start_of_a_tests_id(name, tests):
     assert unmatched(getattr(conftest, name), tests) == []
+
+
+def test_each_case_exists_if_its_test_was_collected(request):
+    collected = request.config.stash[conftest.COLLECTED]
+    for entry in (entry for name in LISTS for entry in getattr(conftest, name) if "[" in entry):
+        cases = [one for one in collected if one.startswith(entry.split("[")[0])]
+        assert not cases or any(one.startswith(entry) for one in cases), f"{entry}: {cases}"
 
 
 def test_an_entry_of_a_renamed_test_is_found(tests):

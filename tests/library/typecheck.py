@@ -18,6 +18,11 @@ MODULES = [
     *("signals", "smoke", "stage", "statistics", "trl_adapter"),
 ]
 
+#: Of these, the packages and modules with small functions, which beartype checks by itself.
+SMALL = [
+    f"rlhf.{module}" for module in ("data", "errors", "files", "gates", "report", "statistics")
+]
+
 #: Accepts an int for a float, as type checkers do (PEP 484). Variables are left to pyright.
 CONF = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False)
 check = beartype(conf=CONF)
@@ -26,9 +31,8 @@ check = beartype(conf=CONF)
 def install() -> None:
     """Check all functions of `MODULES`, which must not be imported yet; idempotent.
 
-    jaxtyping binds the arguments of each call anew, 100 µs of it, and small functions of `rlhf.data`
-    and `rlhf.report` are called a million times. Of modules that name no shapes beartype's own
-    checks are as strict, and nearly free.
+    jaxtyping binds the arguments of each call anew, 100 µs of it, which functions of `SMALL` are
+    called for a million times. There beartype's own checks are as strict, and nearly free.
 
     Raises:
         RuntimeError: Some of them are imported already and would not be checked.
@@ -39,7 +43,7 @@ def install() -> None:
     if early := [name for name in names if name in sys.modules]:
         raise RuntimeError(f"imported before the type checker was installed: {early}")
     _leave_named_tuples()
-    beartype_packages(names, conf=CONF)
+    beartype_packages(SMALL, conf=CONF)
     # Before it on the path, so that these modules have jaxtyping's checks instead.
     install_import_hook(bound_by_jaxtyping(names), f"{__name__}.check")
     sys.meta_path[0]._rlhf = True
@@ -58,24 +62,30 @@ def _leave_named_tuples() -> None:
 
 
 def bound_by_jaxtyping(names: list[str]) -> list[str]:
-    """Return the modules of these, and of packages among them, that jaxtyping checks.
+    """Return the modules that jaxtyping checks: all but those of `SMALL` that name no shapes.
 
-    They name shapes, or names that only type checkers import: of those beartype fails at the first
-    call, and jaxtyping leaves them unchecked.
+    Of names that only type checkers import beartype fails at the first call; jaxtyping leaves them
+    unchecked. It fails too where a dataclass inherits fields of another module's, as in `modeling`.
+
+    Raises:
+        FileNotFoundError: One of them is no module any more, and would not be checked.
     """
     root = Path(__file__).parents[2]
     marks = ("from jaxtyping import", "if TYPE_CHECKING:")
-    places = [root.joinpath(*name.split(".")) for name in names]
-    files = [
-        path
-        for place in places
-        for path in (place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")])
-    ]
-    return [
-        ".".join(path.relative_to(root).with_suffix("").parts)
-        for path in sorted(files)
-        if any(mark in path.read_text("utf-8") for mark in marks)
-    ]
+    bound = []
+    for name in names:
+        place = root.joinpath(*name.split("."))
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        texts = {path: path.read_text("utf-8") for path in files}
+        if name not in SMALL:
+            bound.append(name)
+            continue
+        bound += [
+            ".".join(path.relative_to(root).with_suffix("").parts)
+            for path, text in texts.items()
+            if any(mark in text for mark in marks)
+        ]
+    return bound
 
 
 def enable(wanted: bool) -> None:
