@@ -86,9 +86,22 @@ UNMEASURED = (
             "checkpoint_upload", "environments_training", "external_models", "families",
             "generate_batches", "on_a_device", "ppo_options", "ppo_resume", "processes",
             "promotion", "resume_stage", "shared_base", "smoke", "uploads",
+            # Of files whose other tests are measured.
+            "frozen.py::test_a_run_on", "frozen.py::test_adapters", "frozen.py::test_ppo_by",
+            "nodes.py::test_two_machines", "ppo_budget.py::test_two_processes",
+            "training_resume.py::test_a_damaged", "training_resume.py::test_a_kill_at",
+            "training_resume.py::test_a_run_resumed_after_any_step_is_the_same_run[reward",
+            "training_resume.py::test_another", "training_resume.py::test_whatever",
+            "watchdog.py::test_a_healthy", "watchdog.py::test_a_resumed",
+            "watchdog.py::test_everything", "watchdog.py::test_kills",
+            "watchdog.py::test_not_finite_with_",
+            "watchdog.py::test_the_others", "watchdog.py::test_two", "watchdog.py::test_without",
         )
     ),
     *(f"tests/store/test_{name}" for name in ("flips", "kills", "races", "wire_faults")),
+    # Hundreds of damaged reports: the tracer takes two thirds of their time.
+    "tests/report/test_charts.py::test_a_card", "tests/report/test_findings.py::test_no_odd",
+    "tests/report/test_render.py::test_each_part",
 )  # fmt: skip
 #: Of these, the tests that `make test` runs all the same: of each kind one, by the start of its id.
 EACH_COMMIT = (
@@ -113,6 +126,8 @@ EACH_COMMIT = (
             "environments_training.py::test_every_reply", "environments_training.py::test_multi",
             "external_models.py::test_a_base", "external_models.py::test_a_good",
             "external_models.py::test_places", "families.py::test_a_model_that",
+            "frozen.py::test_adapters_on_a_base_in_16_bits_learn_the_same[sft",
+            "frozen.py::test_ppo_by_qlora_on_a_shared_base_learns[adapter-fp32",
             "generate_batches.py::test_stop", "generate_batches.py::test_what",
             "on_a_device.py::test_sums", "on_a_device.py::test_the_decode_loop",
             "ppo_options.py::test_advantages", "ppo_options.py::test_compat",
@@ -125,10 +140,17 @@ EACH_COMMIT = (
             "promotion.py::test_settings", "promotion.py::test_who",
             "resume_stage.py::test_a_training", "shared_base.py::test_each",
             "shared_base.py::test_one_base", "shared_base.py::test_scores",
-            "shared_base.py::test_what", "smoke.py::test_without", "uploads.py::test_after",
-            "uploads.py::test_sigterm", "uploads.py::test_who",
+            "shared_base.py::test_what", "smoke.py::test_without",
+            "training_resume.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken[sft",
+            "training_resume.py::test_another_identity_is_refused_by_name[sft",
+            "training_resume.py::test_whatever_has_a_state_is_resumed[sft-dropout",
+            "uploads.py::test_after", "uploads.py::test_sigterm", "uploads.py::test_who",
+            "watchdog.py::test_a_resumed_run_is_the_same_run[weights-2",
+            "watchdog.py::test_the_others[kl_above",
         )
     ),
+    "tests/report/test_charts.py::test_a_card", "tests/report/test_findings.py::test_no_odd",
+    "tests/report/test_render.py::test_each_part",
     *(
         f"tests/store/test_{name}"
         for name in (
@@ -169,9 +191,14 @@ GROUPS = ("production", "prefect", "s3", "gpu")
 LONG = ("tests/library/test_on_a_device", "tests/test_reaper", "tests/library/test_processes")
 
 
+#: Ids of all tests of the files that were asked for, also of those that `-m` leaves out.
+COLLECTED = pytest.StashKey[list[str]]()
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Skip CPU-only tests on other devices; group tests by their servers, and sort."""
+    config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
         if mark := _kind(item):
             item.add_marker(mark)
