@@ -75,7 +75,7 @@ def export(
     with _filled(folder, loaded.store_options) as out:
         facts, checked = export_policy(
             found, opened, out, loaded.runtime, prompts=prompts, new_tokens=new_tokens,
-            licence=licence, extra=extra,
+            licence=licence, extra=extra, report=lambda line: say(f"{line} …", "dim"),
         )  # fmt: skip
         url = push_to_hub(out, push, private=not public) if push else ""
     _report(folder, url, facts, checked)

@@ -15,7 +15,7 @@ from rlhf.config.metric_names import is_share
 from rlhf.errors import ConfigError
 from rlhf.export import Checked, Sampled
 from rlhf.files import is_file, read_text
-from rlhf.gates import Verdict
+from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict
 from rlhf.markdown import (
     Markdown,
     bold,
@@ -301,13 +301,21 @@ def _gate(facts: CardFacts) -> Iterator[Markdown]:
                 c.metric,
                 "–" if c.value is None else f"{c.value:.3g}",
                 c.bound,
-                "yes" if c.passed else "NO",
+                _met(c),
             )
             for c in facts.verdict.checks
         ],
     )
     if facts.verdict_digest:
         yield words("Verdict", code(facts.verdict_digest))
+
+
+def _met(check: Check) -> str:
+    """Return whether a rule was met; one that was skipped for want of a value was not."""
+    for left_out in (NOT_MEASURED, NOT_JUDGED):
+        if check.passed and check.note.startswith(left_out):
+            return left_out
+    return "yes" if check.passed else "NO"
 
 
 def _data(facts: CardFacts) -> Markdown:

@@ -16,7 +16,7 @@ from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import ArtifactMissing, ConfigError, ExportFailed, StoreError, UnexpectedError
 from rlhf.export import OWN_PROMPTS, Checked, Sampled, verify_export, write_model
 from rlhf.files import exists, is_dir
-from rlhf.plain_text import one_line
+from rlhf.plain_text import counted, one_line
 from rlhf.store import ArtifactRef, Store
 from tasks.challenge import ppo_settings
 from tasks.chat_models import find_policy
@@ -80,6 +80,7 @@ def check_destination(folder: str, hub: str | None) -> None:
 def export_policy(
     policy: NamedModel, store: Store, out: Path, runtime: RuntimeConfig, *, prompts: int,
     new_tokens: int | None, licence: str | None, extra: Callable[..., str] | None = None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> tuple[Any, Checked]:  # fmt: skip
     """Write a policy, checked and with its card, into an empty folder.
 
@@ -93,6 +94,7 @@ def export_policy(
         licence: For the card; None is that of the base, if it is known.
         extra: Adds another format, of `(out, prompts' tokens, replies' tokens)`; returns a line
             for the card.
+        report: Receives a line before each step that takes time.
 
     Returns:
         The facts of the card, and the check.
@@ -105,9 +107,14 @@ def export_policy(
     assert policy.ref is not None
     facts = facts_of(policy.ref, store, licence)
     asked, held_out = _prompts(policy, store, prompts)
+    report("writing weights, tokenizer and settings")
     write_model(policy.folder, out, facts.sampled)
     adapter = (out / "adapter").is_dir()
     length = new_tokens or min(64, facts.sampled.max_new_tokens if facts.sampled else 64)
+    report(
+        f"comparing {counted(len(asked), 'reply', 'replies')} of up to {length} tokens with those "
+        "of a fresh process, which takes minutes on a CPU"
+    )
     checked, ids, replies = verify_export(
         policy.folder, out, asked, runtime, max_new_tokens=length, held_out=held_out,
         adapter_base=_sft(policy.ref, store) if adapter else None,

@@ -20,7 +20,8 @@ from rlhf.errors import ConfigError, ExportFailed
 from rlhf.export import Sampled, verify_export
 from rlhf.export import write_model as write_export
 from rlhf.files import read_json, write_json
-from rlhf.model_card import _licence, _origin
+from rlhf.gates import Check
+from rlhf.model_card import _licence, _met, _origin
 from rlhf.modeling.base import load_base
 from rlhf.modeling.weights import save_model
 from rlhf.store import Producer, open_store
@@ -280,3 +281,11 @@ def test_the_card_names_the_base_that_sft_noted(tmp_path, sft, told):
     facts = facts_of(publish("train-policy", {}, sft=second), store, None)
     assert facts.base == (told[0] or artifact)
     assert not facts.from_scratch
+
+
+def test_a_rule_that_was_skipped_is_not_met_in_the_card():
+    for note, passed, told in (
+        ("not measured", True, "not measured"), ("not measured: no slice", True, "not measured"),
+        ("", True, "yes"), ("not judged: 3 prompts", True, "not judged"), ("not measured", False, "NO"), ("", False, "NO"),
+    ):  # fmt: skip
+        assert _met(Check("sampled.judge_win_rate", None, "≥ 0.5", passed, note=note)) == told
