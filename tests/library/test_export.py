@@ -286,6 +286,7 @@ def test_the_card_names_the_base_that_sft_noted(tmp_path, sft, told):
 def test_a_rule_that_was_skipped_is_not_met_in_the_card():
     for note, passed, told in (
         ("not measured", True, "not measured"), ("not measured: no slice", True, "not measured"),
-        ("", True, "yes"), ("not judged: 3 prompts", True, "not judged"), ("not measured", False, "NO"), ("", False, "NO"),
+        ("not judged: 3 prompts", True, "not judged"), ("", True, "yes"),
+        ("not measured", False, "NO"), ("", False, "NO"),
     ):  # fmt: skip
         assert _met(Check("sampled.judge_win_rate", None, "≥ 0.5", passed, note=note)) == told
