@@ -50,8 +50,8 @@ def chat(
     Parameters
     ----------
     policy
-        champion (the default), sft, a digest, its first 6 or more digits, a pin's name, URI,
-        champion:<line>, or a local folder.
+        champion (the default), sft, a digest, its first 6 or more digits, a run's or a pin's name,
+        URI, champion:<line>, or a local folder.
     plain
         Print replies alone on standard output, all else on standard error; so does a pipe.
     """

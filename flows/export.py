@@ -36,7 +36,8 @@ def export(
     Parameters
     ----------
     policy
-        champion, champion:<line>, digest, its first 6 or more digits, a pin's name, or URI.
+        champion, champion:<line>, digest, its first 6 or more digits, a run's or a pin's name, or
+        URI.
     folder
         A new folder, or s3://bucket/prefix with nothing below it.
     format

@@ -43,8 +43,8 @@ def serve(
     Parameters
     ----------
     policy
-        champion (the default), sft, a digest, its first 6 or more digits, a pin's name, URI,
-        champion:<line>, or a local folder.
+        champion (the default), sft, a digest, its first 6 or more digits, a run's or a pin's name,
+        URI, champion:<line>, or a local folder.
     host
         Address to listen on; one that other machines reach needs --api-key.
     port
