@@ -13,7 +13,7 @@ from jaxtyping import config, install_import_hook
 #: Without `config` and `store`, as beartype refuses typing.Self in pydantic's validators, and
 #: without `world`, which has no arrays and whose small functions are called a million times.
 MODULES = [
-    *("champions", "custom_code", "data", "environments", "errors", "evaluation", "external"),
+    *("champions", "custom_code", "data", "environments", "errors", "external"),
     *("files", "gates", "launch", "modeling", "ppo", "ranks", "report", "reward", "sft"),
     *("signals", "smoke", "stage", "statistics", "trl_adapter"),
 ]
