@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import CustomComponent, PipelineConfig, PPOConfig, RemoteComponent
+from rlhf.config.pipeline import place_names
 from rlhf.config.training import UNFINGERPRINTED_FIELDS
 from rlhf.custom_code import CustomCode
 from rlhf.files import expand_home, is_dir
@@ -39,7 +40,7 @@ def external_tokenizer(config: PipelineConfig, *stages: str) -> ExternalTokenize
 
 
 def _deployment(config: PipelineConfig, stage: str) -> str:
-    return config.deployment_of(stage).partition("/")[2] or "inline"
+    return place_names(stage, config.deployment_of(stage))[0]
 
 
 def external_reward_model(config: PipelineConfig) -> ExternalModel | None:
