@@ -201,7 +201,7 @@ def test_scores_are_the_reward_models(reward_model):
     assert "of the first " in score_reply("reward", scorer, turns, "good " * 40).note
     none = score_reply("reward", scorer, [user("jar " * 60)], "good")
     assert none.value is None
-    assert "too long" in none.note
+    assert "too many tokens" in none.note
 
 
 # --- conversations ----------------------------------------------------------------------------
