@@ -71,7 +71,7 @@ def test_an_ungated_reward_model_is_no_reward_model(data, sft, reward_model, tmp
     with pytest.raises((TypeError, AttributeError)):
         train_policy(toys.PPO, data, sft, reward_model, tmp_path, runtime=toys.RUNTIME)
     with pytest.raises(TypeError):
-        Approved(reward_model, None, object())
+        Approved(reward_model, toys.approve(reward_model).verdict, object())
 
 
 def test_a_reward_model_whose_template_changed_is_refused(train, reward_model, copy_of):
