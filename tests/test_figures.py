@@ -60,7 +60,8 @@ def test_a_table_has_a_dash(value):
     assert figure_range(0.1, value, ".2f") == ""
     assert interval({"x": value, "x_low": value, "x_high": 1.0}, "x") == ("–", "–")
     names = ("judge_win_rate", "reward", "kl", "eos_rate", "pairs", "champion_win_rate", "tokens")
-    metrics = {f"{name}{end}": value for name in names for end in ("", "_low", "_high")}
+    ends = () if value is None else ("", "_low", "_high")
+    metrics = {f"{name}{end}": value for name in names for end in ends}
     entry = Entry(line="l", when="2026-11-29", outcome="Promoted", metrics=metrics)
     one = PairedReplies("p", None, "a", "b", {"reward": (value, 0.5)}, value)
     for what in (_table([entry]), _wide_table([entry]), paired_replies(one)):

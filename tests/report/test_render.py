@@ -145,7 +145,7 @@ def test_trust_stands_where_people_look():
         "Better than SFT?", "Better than the champion?", "Over-optimised?",
         '<section id="pipeline"',
         "Choose by format", "Log-loss", "Reliability", "Margins", "The worst slice is",
-        "Flattery is added", '<section id="gates"', "300 gate prompts × 2 samples",
+        "Flattery is added", '<section id="gates"', "300 gate prompts × 2 replies",
         "Against the champion c4a3f0c4a3f0, look 2 of 10",
         "The watchdog stopped PPO after update 36",
         "Judge</b>", "No sign of over-optimisation.", "Win rate over the champion",
