@@ -147,6 +147,11 @@ class Browser:
         self.call("Page.navigate", url=url)
         self.wait_for("Page.loadEventFired")
         page = Page(self, url)
+        # That event may be the blank page's, late.
+        end = time.monotonic() + TIMEOUT
+        loaded = "location.href !== 'about:blank' && document.readyState === 'complete'"
+        while not page.evaluate(loaded) and time.monotonic() < end:
+            time.sleep(0.05)
         page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
         return page
 
