@@ -117,7 +117,8 @@ def test_what_does_not_fit(renderer):
     whole = len(renderer.encode_reply("rrr"))
     limits = TokenLimits(max_length=40, max_reply=whole - 1)
     assert renderer.encode("?", "rrr", limits).response == renderer.encode_reply("rrr")[:-1]
-    with pytest.raises(PromptUnusable, match=r"too many tokens.* with the last user turn alone, and 39 "):
+    last = "too many tokens.* with the last user turn alone, and 39 "
+    with pytest.raises(PromptUnusable, match=last):
         renderer.encode("q" * 99, "r", 40)
 
 
