@@ -48,7 +48,7 @@ def test_a_challenger_that_is_not_better_leaves_the_champion(tiny):
     champion = first.refs["train-policy"].digest
     (entry,) = store.history.entries("champion/default")
     assert entry["why"] == "it met every gate; first champion"
-    assert first.gates.power.startswith("40 gate prompts × 2 samples: ")
+    assert first.gates.power.startswith("40 gate prompts × 2 replies: ")
 
     state, second = run(other)
     assert (state.is_completed(), state.name, second.outcome) == (True, "NotBetter", "NotBetter")
