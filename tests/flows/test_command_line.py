@@ -114,9 +114,9 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, resumed, f
     assert saved
     assert saved[-1] < "update-000020"
     stdout = resumed.done.stdout
-    # The table of the stages has five columns; replies are framed too, and may hold anything.
-    rows = [line.split("│") for line in stdout.splitlines() if line.count("│") >= 5]
-    state = {row[1].strip(): row[2].strip() for row in rows}
+    # A stage's line: name, state, time, artifact. Progress lines have a colon after the name.
+    rows = {line.split()[0]: line.split() for line in stdout.splitlines() if line[:1].isalpha()}
+    state = {name: row[1] for name, row in rows.items() if len(row) > 1}
     assert state["train-sft"] == state["train-reward-model"] == "Cached"
     assert state["train-policy"] == "Completed"
     first_step = re.search(r"^train-policy: (\d+)/", stdout, re.MULTILINE)
@@ -126,8 +126,7 @@ def test_killed_in_ppo_goes_on_from_the_last_checkpoint(rlhf, preset, resumed, f
     # The undisturbed training, in this process: its libraries are loaded already.
     alone = rlhf("stage", "train-policy", "--config", preset, *SLOW)
     assert "completed" in alone.stdout, alone.stderr
-    row = next(x for x in stdout.splitlines() if x.startswith("│ train-policy"))
-    assert alone.stdout.split("artifact ")[1][:10] == row.split("│")[5].strip()
+    assert alone.stdout.split("artifact ")[1][:10] == rows["train-policy"][-1]
 
 
 def test_reject_stage_artifacts(rlhf, preset, finished, tmp_path):
