@@ -5,6 +5,7 @@ They show and change the champion of a model line, and record people's approvals
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,7 +78,7 @@ def promote(
     from rlhf.smoke import smoke_test
     from tasks.ledger import cost_of_making
 
-    loaded, opened = _open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config, _lines_with_runs)
     line, ref = loaded.promotion.name, opened.resolve(policy)
     if ref.kind != "policy":
         raise ConfigError(f"{policy}: {ref.short} is of kind {ref.kind}; give a policy")
@@ -126,7 +127,7 @@ def rollback(
     """
     from rlhf import champions
 
-    loaded, opened = _open_model_line(name, store, config)
+    loaded, opened = _open_model_line(name, store, config, champions.model_lines)
     target = opened.resolve(to).digest if to else None
     _print_champion(champions.rollback(opened, loaded.promotion.name, to=target, why=why, by=by))
 
@@ -218,15 +219,23 @@ def approve(
     say(f"{policy.short} of {line}: {decided} by {approval.by}; run the same again")
 
 
+def _lines_with_runs(store: Store) -> list[str]:
+    """Return the model lines that have a champion, or runs."""
+    from rlhf.champions import model_lines
+    from tasks.run_costs import lines
+
+    return [*model_lines(store), *lines(store)]
+
+
 def _open_model_line(
-    name: str | None, store: str | None, config: Path | None
-) -> tuple[PipelineConfig, Store]:
+    name: str | None, store: str | None, config: Path | None,
+    known: Callable[[Store], Iterable[str]] = lambda _: (),
+) -> tuple[PipelineConfig, Store]:  # fmt: skip
     """Return the configuration of a model line (its `promotion.name`), and its store.
 
-    Without a name and a preset it is the only line of the store that has a champion or runs.
+    Without a name and a preset it is the only `known` line, if there is one alone.
     """
-    from rlhf.champions import line_of, model_lines
-    from tasks.run_costs import lines
+    from rlhf.champions import line_of
     from tasks.stage import store_of
 
     options = {"store": store, "promotion.name": name}
@@ -234,8 +243,7 @@ def _open_model_line(
     opened = store_of(loaded.config)
     if name is None and config is None:
         promotion = loaded.config.promotion
-        known = sorted({*model_lines(opened), *lines(opened)})
-        meant = {"name": line_of(promotion.name, known)}
+        meant = {"name": line_of(promotion.name, sorted({*known(opened)}))}
         changed = {"promotion": promotion.model_copy(update=meant)}
         return loaded.config.model_copy(update=changed), opened
     return loaded.config, opened

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
 
-from rlhf.config import PipelineConfig, apply_machine_settings
+from rlhf.config import PipelineConfig, StoreConfig, apply_machine_settings
 from rlhf.data.rows import QUARANTINE
 from rlhf.data.stored import read_summary
 from rlhf.errors import ArtifactMissing, ConfigError, DataError
@@ -159,6 +159,8 @@ def _next_steps(run: PipelineRun) -> Iterator[str]:
     gates = {row.name for row in run.rows if row.state == StageState.GATE_REJECTED}
     is_usual = Path(run.config.store).absolute() == Path(PipelineConfig().store).absolute()
     store = "" if is_usual else f" --store {shlex.quote(run.config.store)}"
+    if run.config.store_options != StoreConfig():
+        store = " --config <this configuration>"
     if GATE_REWARD_MODEL.name in gates:
         yield (
             "next:   change what stands out above, and run again: finished stages are Cached; or "

@@ -233,7 +233,7 @@ def in_own_process(request: Mapping[str, Any]) -> dict[str, Any]:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise _failed(
-                f"its process gave no answer in {limit:,.3g} s and was ended; give more by "
+                f"its process gave no answer in {limit:,.0f} s and was ended; give more by "
                 f"{CHECK_SECONDS}=<seconds>, or check less by --prompts and --new-tokens"
             ) from None
         if process.returncode != 0 or not answer.is_file():

@@ -452,8 +452,8 @@ def _quiet() -> Iterator[None]:
     shows_bars = transformers_logging.is_progress_bar_enabled()
     shows_data_bars = not datasets.are_progress_bars_disabled()
     # A logger with a level of its own does not ask its parent: that of PPO's samples has one.
-    own = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
-    levels = {logger: logger.level for logger in own if logger.name.partition(".")[0] == "rlhf"}
+    names = [n for n in [*logging.root.manager.loggerDict] if n.partition(".")[0] == "rlhf"]
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for logger, level in levels.items():

@@ -135,11 +135,11 @@ def facts_of(ref: ArtifactRef, store: Store, licence: str | None) -> Any:
         step = Step(each.role or POLICY, each.ref.kind, each.ref.digest, made_by)
         lineage.setdefault(each.ref.digest, step)
     manifest = store.manifest(ref)
-    base, on_hub, stated, scratch = _base([*lineage], store)
+    base, on_hub, scratch = _base([*lineage], store)
     facts = CardFacts(
         digest=ref.digest, stage=manifest.producer.stage, base=base, base_is_on_hub=on_hub,
         from_scratch=scratch,
-        licence=licence or stated,
+        licence=licence,
         champion_of=tuple(
             line for line in model_lines(store)
             if (entry := latest_entry(store, line)) and entry.get("policy") == ref.digest
@@ -262,8 +262,8 @@ def _sampled(policy: ArtifactRef, store: Store) -> Sampled | None:
     return Sampled(ppo.max_new_tokens, ppo.temperature, ppo.top_k, ppo.top_p, stops)
 
 
-def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, str | None, bool]:
-    """Return the base's name for others, if it is a hub id, its licence, and if from scratch.
+def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, bool]:
+    """Return the base's name for others, if it is a hub id, and if the model is from scratch.
 
     SFT notes them. Of a base that is an artifact the base that it was made from is named, if it is
     in the lineage. Without a note, as in what was pushed, it is not known.
@@ -271,13 +271,12 @@ def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, str | None, 
     from rlhf.model_card import is_hub_id
 
     known = [metrics for d in digests if "base_model" in (metrics := _metrics(d, store))]
-    named = [metrics for metrics in known if metrics["base_model"]]
+    named = [metrics for metrics in known if metrics["base_model"] is not None]
     outside = [m for m in named if not str(m["base_model"]).startswith("artifact:")]
     for metrics in [*outside, *named][:1]:
         name = str(metrics["base_model"])
-        licence = metrics.get("base_licence")
-        return name, is_hub_id(name), str(licence) if licence else None, False
-    return "", False, None, bool(known) and not named
+        return name, is_hub_id(name), False
+    return "", False, bool(known)
 
 
 def _metrics(digest: str | None, store: Store) -> Mapping[str, Any]:

@@ -162,8 +162,8 @@ def _check_weights(config: PipelineConfig) -> None:
         if look_untrained(folder):
             log.warning(
                 "base.path = %r: its weights look untrained (every norm and bias holds one number "
-                "alone, as a new model's); a run learns the form of replies at best: give a "
-                "pretrained model, or take this one for trying things out",
+                "alone, as in a new model); if so, a run learns the form of replies at best: give "
+                "a pretrained model, or take this one for trying things out",
                 config.base.path,
             )
 

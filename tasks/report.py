@@ -19,7 +19,7 @@ from rlhf.config import LoadedConfig, PipelineConfig, apply_machine_settings
 from rlhf.config.pipeline import StoreConfig
 from rlhf.costs import Forecast
 from rlhf.data.stored import read_card, read_summary
-from rlhf.files import expand_home
+from rlhf.files import expand_home, read_json
 from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict, read_verdict
 from rlhf.markdown import Markdown, bold, bullets, code, command, escape, paragraphs, table, words
 from rlhf.report import (
@@ -92,16 +92,15 @@ class PipelineRun:
     """Where the budget stopped PPO, as a sentence."""
 
     @property
-    def repeats(self) -> bool:
-        """Whether nothing was made: every stage had a record, or said no as it did before."""
-        made = (StageState.COMPLETED, StageState.FAILED)
-        return all(row.state not in made for row in self.rows)
+    def all_cached(self) -> bool:
+        """True if every stage had a record."""
+        return all(row.state == StageState.CACHED for row in self.rows)
 
 
 def write_report(run: PipelineRun) -> Markdown:
     """Write the report to the report folder and the store, and return its summary.
 
-    Sets `run.report`. A run that made nothing gets the page of the run that it repeats.
+    Sets `run.report`. A run whose stages were all cached gets the page of the run that it repeats.
     The summary is shown in Prefect's UI too. If the store fails, so that a failed run can't be
     reported from it, the page in the report folder has what is known without.
     """
@@ -208,11 +207,13 @@ def _publish(run: PipelineRun, store: Store) -> str:
         # Of the champion that the data were compared with.
         identity["drift"] = run.drift.verdict.digest
     key = sha256_bytes(canonical_json(identity))
-    run.report = _page(run, key)
-    record = store.history.latest(f"records/report/{key}") if run.repeats else None
+    record = store.history.latest(f"records/report/{key}") if run.all_cached else None
     if record and store.exists(record["digest"]) and store.renew(record["digest"]):
-        _copy_report(store.fetch(record["digest"]), run.report)
+        folder = store.fetch(record["digest"])
+        run.report = _page(run, _page_key(key, str(read_json(folder / DATA)["run_name"])))
+        _copy_report(folder, run.report)
         return record["digest"]
+    run.report = _page(run, _page_key(key, run.name))
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / REPORT
         report = _gather(run, store)
@@ -226,6 +227,11 @@ def _publish(run: PipelineRun, store: Store) -> str:
         _copy_report(page.parent, run.report)
     store.history.append(f"records/report/{key}", ref.model_dump(mode="json"))
     return ref.digest
+
+
+def _page_key(key: str, run: str) -> str:
+    """Return what a page is named by: a rejection that is repeated has a page of its own."""
+    return sha256_bytes(f"{key} {run}".encode())
 
 
 def _copy_report(folder: Path, page: Path) -> None:

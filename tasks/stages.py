@@ -31,6 +31,7 @@ from rlhf.files import expand_home, read_json, write_json
 from rlhf.gates import VERDICT, Verdict, judge, read_verdict, require
 from rlhf.markdown import Markdown, bold, escape, paragraphs, quotation, rule
 from rlhf.modeling.source import CONFIG, ExternalModel
+from rlhf.plain_text import one_line
 from rlhf.report.samples import read_samples
 from rlhf.saved import read_saved
 from rlhf.stage import StageResult
@@ -137,19 +138,20 @@ def _train_sft(run: StageRun) -> StageResult:
 
 
 def _about_base(run: StageRun) -> Mapping[str, str | None]:
-    """Return the base's name for others, for cards, and the licence that its own card states.
+    """Return the base's name for others, for cards; None from scratch.
 
-    Where it lies on this machine is nobody else's business: of a folder the last name is kept.
+    Of a folder nothing of its path: the same model elsewhere must give the same artifact, and where
+    it lies is nobody else's business.
     """
     external = external_base_model(run.config)
     if external is None:
         return {"base_model": None}
-    if external.is_artifact or external.uri.startswith("s3://") or external.is_on_hub:
+    if external.is_artifact:
+        return {"base_model": f"artifact:{run.refs['base'].digest}"}
+    if external.uri.startswith("s3://") or external.is_on_hub:
         return {"base_model": external.uri}
-    from rlhf.model_card import licence_of
-
-    licence = licence_of(external.path)
-    return {"base_model": external.path.name} | ({"base_licence": licence} if licence else {})
+    kind = read_json(run.folders["base"] / CONFIG).get("model_type")
+    return {"base_model": f"a local model of type {one_line(kind)}"}
 
 
 def _train_reward_model(run: StageRun) -> StageResult:

@@ -62,8 +62,9 @@ def read_headers(folder: Path) -> dict[str, Header]:
 def look_untrained(folder: Path) -> bool:
     """Return whether weights look as they were initialised, by the vectors among them.
 
-    A class fills its norms' scales and its biases with one number each, usually 1 or 0, and any
-    training changes them. Files without such vectors tell nothing.
+    A class fills its norms' scales and its biases with one number each, usually 1 or 0, and
+    training changes them, in bfloat16 if it is long enough. Files without such vectors tell
+    nothing.
 
     Raises:
         DamagedWeights: See `read_headers`.

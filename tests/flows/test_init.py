@@ -93,7 +93,7 @@ def test_what_it_writes_runs_as_it_is(rlhf, user, base, tmp_path, monkeypatch):
     told = [line for line in ran.stderr.splitlines() if line.startswith("warning:")]
     known = ("its weights are random", "its weights look untrained")
     assert all(any(words in line for words in known) for line in told), told
-    assert known[1] in checked.stderr + made.stderr
+    assert told, "the base's weights are random"
     # So few pairs may not pass the gates; the whole flow up to them ran, with nothing changed.
     assert ran.returncode in (0, 3), ran.stderr
     assert "evaluate-reward-model" in ran.stdout

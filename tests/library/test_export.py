@@ -249,8 +249,8 @@ def test_this_project_can_not_be_imported(monkeypatch):
     ("sft", "told"),
     [
         ({"base_model": None}, ("", False, None, True)),
-        ({"base_model": "smollm2", "base_licence": "apache-2.0"},
-         ("smollm2", False, "apache-2.0", False)),
+        ({"base_model": "a local model of type llama"},
+         ("a local model of type llama", False, None, False)),
         ({"base_model": "HuggingFaceTB/SmolLM2-135M@main"},
          ("HuggingFaceTB/SmolLM2-135M@main", True, None, False)),
         ({"base_model": "s3://models/base"}, ("s3://models/base", False, None, False)),
