@@ -232,8 +232,9 @@ def in_own_process(request: Mapping[str, Any]) -> dict[str, Any]:
                 text=True, errors="replace", check=False, timeout=limit,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
+            shown = f"{limit:,.0f}" if limit >= 1 else f"{limit:g}"
             raise _failed(
-                f"its process gave no answer in {limit:,.0f} s and was ended; give more by "
+                f"its process gave no answer in {shown} s and was ended; give more by "
                 f"{CHECK_SECONDS}=<seconds>, or check less by --prompts and --new-tokens"
             ) from None
         if process.returncode != 0 or not answer.is_file():
