@@ -47,7 +47,7 @@ def export(
     new_tokens
         Most tokens of these replies; default: those of the training, at most 64.
     license
-        Licence for the card, such as apache-2.0; default: what the base's card says.
+        Licence for the card, such as apache-2.0; default: none is stated.
     push
         Upload it to this repository of the Hugging Face Hub too, owner/name: a new, private one.
     public

@@ -8,13 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlhf.config.metric_names import is_share
 from rlhf.errors import ConfigError
 from rlhf.export import Checked, Sampled
-from rlhf.files import is_file, read_text
 from rlhf.gates import NOT_JUDGED, NOT_MEASURED, Check, Verdict
 from rlhf.markdown import (
     Markdown,
@@ -137,20 +135,6 @@ def checked_licence(text: str) -> str:
             "as apache-2.0, mit, llama3.2 or other"
         )
     return text
-
-
-def licence_of(folder: Path) -> str | None:
-    """Return the licence that the card in a model's folder states; None if it states none."""
-    path = folder / "README.md"
-    try:
-        text = read_text(path)[:20_000] if is_file(path) else ""
-    except (OSError, ValueError):
-        return None
-    front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    found = (
-        re.search(r"^license:[ \t]*[\"']?([^\s\"'#]+)", front[1], re.MULTILINE) if front else None
-    )
-    return found[1] if found and _LICENCE.fullmatch(found[1]) else None
 
 
 def is_hub_id(text: str) -> bool:

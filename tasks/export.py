@@ -91,7 +91,7 @@ def export_policy(
         runtime: Device and threads of the check.
         prompts: Most prompts of the check.
         new_tokens: Most tokens of a reply in the check; None is that of the training, at most 64.
-        licence: For the card; None is that of the base, if it is known.
+        licence: For the card; None states none.
         extra: Adds another format, of `(out, prompts' tokens, replies' tokens)`; returns a line
             for the card.
         report: Receives a line before each step that takes time.
@@ -271,12 +271,10 @@ def _base(digests: Sequence[str], store: Store) -> tuple[str, bool, bool]:
     from rlhf.model_card import is_hub_id
 
     known = [metrics for d in digests if "base_model" in (metrics := _metrics(d, store))]
-    named = [metrics for metrics in known if metrics["base_model"] is not None]
-    outside = [m for m in named if not str(m["base_model"]).startswith("artifact:")]
-    for metrics in [*outside, *named][:1]:
-        name = str(metrics["base_model"])
-        return name, is_hub_id(name), False
-    return "", False, bool(known)
+    named = [str(name) for metrics in known if (name := metrics["base_model"]) is not None]
+    outside = [name for name in named if not name.startswith("artifact:")]
+    name = next(iter(outside or named), "")
+    return name, is_hub_id(name), bool(known) and not named
 
 
 def _metrics(digest: str | None, store: Store) -> Mapping[str, Any]:

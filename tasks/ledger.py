@@ -26,6 +26,7 @@ from rlhf.costs import Cost, read_cost, total
 from rlhf.errors import ArtifactMissing, StoreError
 from rlhf.limits import load_json
 from rlhf.meter import CPU, Meter, device_name
+from rlhf.plain_text import counted
 from rlhf.store import Store
 from rlhf.store.objects import in_parallel
 from tasks.stage import Stage
@@ -216,7 +217,7 @@ def _entries(store: Store, history: str) -> list[dict[str, Any]]:
 def warn_of_damage(history: str, problems: Sequence[str]) -> None:
     """Warn once that entries of a history of costs are left out."""
     if problems:
-        count = f"{len(problems)} damaged " + ("entry is" if len(problems) == 1 else "entries are")
+        count = counted(len(problems), "damaged entry is", "damaged entries are")
         log.warning("%s: %s left out of the costs (%s)", history, count, problems[0])
 
 
