@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports torch or Prefect.
@@ -15,7 +16,7 @@ os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")
 import hypothesis
 import pytest
 
-from tests import cpu_times, reaper
+from tests import cpu_times, line_coverage, reaper
 from tests.ceph import s3_server
 from tests.examples import examples
 from tests.startup import sitecustomize
@@ -28,6 +29,9 @@ if CHECKS_SHAPES:
     from tests.library import typecheck
 
     typecheck.install()
+
+WANTED = os.environ.get("RLHF_LINE_COVERAGE")
+LINE_COVERAGE = line_coverage.LineCoverage(float(WANTED)) if WANTED else None
 
 __all__ = ["s3_server", "s3_weak_server"]
 
@@ -48,6 +52,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("cpu_times"):
         config.pluginmanager.register(cpu_times.CpuTimes())
+    if LINE_COVERAGE:
+        config.pluginmanager.register(LINE_COVERAGE)
     # So that all Python processes of the session import sitecustomize, as this one has.
     paths = [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -71,13 +77,29 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_finish():
     """Leave all that is imported out of garbage collections, which each training asks for."""
+    _leave_imported()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Leave out what a test imported first, too, as the trainers of transformers."""
+    if len(sys.modules) > IMPORTED[-1] + 200:
+        _leave_imported()
+
+
+#: Modules that were imported when collections last got to leave them out.
+IMPORTED = [0]
+
+
+def _leave_imported() -> None:
     gc.collect()
     gc.freeze()
+    IMPORTED.append(len(sys.modules))
 
 
-#: Whole programs, the emulated device, and training again and again: slow under coverage, and they
-#: run code that other tests measure.
-UNMEASURED = (
+#: Whole programs, the emulated device, training again and again, and long matrices, which
+#: `make whole` runs.
+WHOLE = (
     "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/serving/", "tests/test_reaper",
     "tests/test_emulated_cuda",
     *(
@@ -86,10 +108,15 @@ UNMEASURED = (
             "checkpoint_upload", "environments_training", "external_models", "families",
             "generate_batches", "on_a_device", "ppo_options", "ppo_resume", "processes",
             "promotion", "resume_stage", "shared_base", "smoke", "uploads",
-            # Of files whose other tests are measured.
+            # Of files whose other tests are of single functions.
             "frozen.py::test_a_run_on", "frozen.py::test_adapters", "frozen.py::test_ppo_by",
+            "imports.py::test_every", "imports.py::test_packages", "judge.py::test_the_negatives",
             "nodes.py::test_two_machines", "ppo_budget.py::test_two_processes",
-            "training_resume.py::test_a_damaged", "training_resume.py::test_a_kill_at",
+            "precision.py::test_storing", "ready_reward_model.py::test_preflight",
+            "rehearsal.py::test_a_run_rehearses", "rehearsal.py::test_it_rehearses",
+            "rehearsal.py::test_the_command_rehearses", "reward_models.py::test_an_encoder_learns",
+            "reward_stage.py::test_negatives_train",
+            "training_resume.py::test_a_damaged", "training_resume.py::test_a_kill",
             "training_resume.py::test_a_run_resumed_after_any_step_is_the_same_run[reward",
             "training_resume.py::test_another", "training_resume.py::test_whatever",
             "watchdog.py::test_a_healthy", "watchdog.py::test_a_resumed",
@@ -99,9 +126,12 @@ UNMEASURED = (
         )
     ),
     *(f"tests/store/test_{name}" for name in ("flips", "kills", "races", "wire_faults")),
-    # Hundreds of damaged reports: the tracer takes two thirds of their time.
+    # A second for each of many cases, or many seconds for one.
+    "tests/config/test_limits.py::test_hostile",
+    "tests/data/test_meaning.py::test_more_late", "tests/data/test_strays.py::test_a_single_chat",
+    "tests/data/test_template_cost.py::test_a_costly",
     "tests/report/test_charts.py::test_a_card", "tests/report/test_findings.py::test_no_odd",
-    "tests/report/test_render.py::test_each_part",
+    "tests/report/test_render.py::test_each_part", "tests/test_world.py::test_no_other",
 )  # fmt: skip
 #: Of these, the tests that `make test` runs all the same: of each kind one, by the start of its id.
 EACH_COMMIT = (
@@ -122,7 +152,8 @@ EACH_COMMIT = (
     *(
         f"tests/library/test_{name}"
         for name in (
-            "checkpoint_upload.py::test_a_damaged", "checkpoint_upload.py::test_only_what",
+            "checkpoint_upload.py::test_a_damaged_one_is_named_passed_over_and_mended[folder-gone",
+            "checkpoint_upload.py::test_only_what",
             "environments_training.py::test_every_reply", "environments_training.py::test_multi",
             "external_models.py::test_a_base", "external_models.py::test_a_good",
             "external_models.py::test_places", "families.py::test_a_model_that",
@@ -135,10 +166,15 @@ EACH_COMMIT = (
             "ppo_options.py::test_target_kl", "ppo_options.py::test_the_policys",
             "ppo_options.py::test_the_score", "ppo_options.py::test_while",
             "ppo_resume.py::test_a_resumed_run_is_the_same_run[2]",
-            "ppo_resume.py::test_everything", "processes.py::test_a_job",
+            "ppo_resume.py::test_everything",
+            "precision.py::test_storing_frozen_layers_lowered_changes_no_bit_of_a_run[options0",
+            "processes.py::test_a_job",
             "processes.py::test_shares", "processes.py::test_what_can", "processes.py::test_where",
             "promotion.py::test_settings", "promotion.py::test_who",
-            "resume_stage.py::test_a_training", "shared_base.py::test_each",
+            "rehearsal.py::test_it_rehearses_what_is_configured[full",
+            "resume_stage.py::test_a_training",
+            "reward_models.py::test_an_encoder_learns_a_preference[lora-bert",
+            "shared_base.py::test_each",
             "shared_base.py::test_one_base", "shared_base.py::test_scores",
             "shared_base.py::test_what", "smoke.py::test_without",
             "training_resume.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken[sft",
@@ -149,8 +185,16 @@ EACH_COMMIT = (
             "watchdog.py::test_the_others[kl_above",
         )
     ),
+    *(
+        f"tests/data/test_strays.py::test_a_single_chat_leaves_its_row_out_wherever_it_stands[{form}]"
+        for form in ("Alpaca", "bytes", "ChatML", "JSON")
+    ),
+    *(
+        f"tests/data/test_template_cost.py::test_a_costly_template_is_refused_within_its_limits[{cost}]"
+        for cost in ("loops", "doubled", "escaped again")
+    ),
     "tests/report/test_charts.py::test_a_card", "tests/report/test_findings.py::test_no_odd",
-    "tests/report/test_render.py::test_each_part",
+    "tests/report/test_render.py::test_each_part_may_be_missing_or_broken[nan",
     *(
         f"tests/store/test_{name}"
         for name in (
@@ -168,25 +212,18 @@ CHECKED = tuple(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Measure coverage and check shapes only in tests of single functions."""
-    measured = not item.nodeid.startswith(UNMEASURED)
-    _measure(item.config, measured)
+    """Check shapes only in tests of single functions."""
     if CHECKS_SHAPES:
-        typecheck.enable(measured or item.nodeid.startswith(CHECKED))
+        single = not item.nodeid.startswith(WHOLE)
+        typecheck.enable(single or item.nodeid.startswith(CHECKED))
     return (yield)
-
-
-def _measure(config, wanted: bool) -> None:
-    """Switch pytest-cov on or off."""
-    plugin = config.pluginmanager.getplugin("_cov")
-    coverage = plugin and plugin.cov_controller and plugin.cov_controller.cov
-    if coverage and wanted != coverage._started:
-        (coverage.start if wanted else coverage.stop)()
 
 
 #: Longest first, so that both workers end together. A group shares servers or models, so it runs on
 #: one worker.
 GROUPS = ("production", "prefect", "s3", "gpu")
+#: Files whose tests share what takes seconds to train.
+TOGETHER = tuple(f"tests/library/test_{name}.py" for name in ("evaluate_policy", "members"))
 #: Long tests without a group, before the many short ones.
 LONG = ("tests/library/test_on_a_device", "tests/test_reaper", "tests/library/test_processes")
 
@@ -214,7 +251,7 @@ def _kind(item) -> str | None:
     """Return the mark of a test that `make test` leaves to a command of its own."""
     if item.nodeid.startswith("tests/production/"):
         return "site"
-    whole = item.nodeid.startswith(UNMEASURED) and not item.nodeid.startswith(EACH_COMMIT)
+    whole = item.nodeid.startswith(WHOLE) and not item.nodeid.startswith(EACH_COMMIT)
     return "program" if whole else None
 
 
@@ -225,11 +262,13 @@ def _group(item) -> str | None:
         return "s3"
     if item.nodeid.startswith("tests/benchmarks/test_gpu"):
         return "gpu"
+    if item.nodeid.startswith(TOGETHER):
+        return item.nodeid.split("::")[0]
     return "prefect" if item.nodeid.startswith("tests/flows/") else None
 
 
 def _turn(item) -> int:
     group = _group(item)
-    if group is not None:
+    if group in GROUPS:
         return GROUPS.index(group)
     return len(GROUPS) + (not item.nodeid.startswith(LONG))

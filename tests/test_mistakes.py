@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from docs.generate_mistakes import MISTAKES, Mistake, page
 from flows import cli
@@ -86,7 +87,9 @@ def rlhf(project, monkeypatch, capfd):
     def call(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["rlhf", *words])
         capfd.readouterr()
-        with _restored_process(), pytest.raises(SystemExit) as end:
+        # A test of the flows in this process may have set a server's address.
+        no_server = temporary_settings(restore_defaults={PREFECT_API_URL})
+        with no_server, _restored_process(), pytest.raises(SystemExit) as end:
             copy_context().run(cli.main)
         shown = capfd.readouterr()
         return end.value.code or 0, (shown.out + shown.err).replace(

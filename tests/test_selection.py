@@ -14,7 +14,7 @@ import pytest
 from tests import conftest
 
 ROOT = Path(__file__).parents[1]
-LISTS = ("UNMEASURED", "EACH_COMMIT", "CHECKED", "LONG")
+LISTS = ("WHOLE", "EACH_COMMIT", "CHECKED", "LONG")
 
 
 def ids(path: Path) -> list[str]:
@@ -53,5 +53,5 @@ def test_an_entry_of_a_renamed_test_is_found(tests):
 
 
 def test_the_sample_of_each_commit_is_of_tests_that_are_left_out():
-    """An entry of `EACH_COMMIT` outside of `UNMEASURED` says nothing."""
-    assert [one for one in conftest.EACH_COMMIT if not one.startswith(conftest.UNMEASURED)] == []
+    """An entry of `EACH_COMMIT` outside of `WHOLE` says nothing."""
+    assert [one for one in conftest.EACH_COMMIT if not one.startswith(conftest.WHOLE)] == []
