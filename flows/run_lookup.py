@@ -53,13 +53,13 @@ def recorded_config(record: RunRecord) -> PipelineConfig:
     """Return a configuration that has the store of a run of this machine, and its options.
 
     Raises:
-        ConfigError: An older version wrote the record, without options that S3 may need.
+        ConfigError: Another version wrote the record, without options that S3 may need.
     """
     options = record.store_options
     if options is None and record.store.startswith("s3://"):
         raise ConfigError(
             one_line(
-                f"{record.name}: its record, of an older version, does not tell the store_options "
+                f"{record.name}: its record, of another version, does not tell the store_options "
                 f"of {record.store}; give the run's configuration with --config"
             )
         )

@@ -53,7 +53,7 @@ def run_remotely(
 
     A child of any parent that already does this work is waited for: the idempotency key is the
     work's fingerprint, with a number that rises when a child has ended without a result. What one
-    with another budget was stopped at is no result here: another child goes on from it.
+    with another budget was stopped at, or failed at, is no result here: another child goes on.
 
     Raises:
         StageLost: The child crashed, or never started: its machine, worker or process is gone.
@@ -74,9 +74,11 @@ def run_remotely(
             child, unstarted = _child(client, key, deployment, config, inputs, spent)
             limits = Limits.of(config.retries, unstarted)
             ended = _wait(client, child, deployment, limits)
-            _require_completed(client, ended, deployment)
+            own = _has_budget_of(child, config)
+            if own:
+                _require_completed(client, ended, deployment)
             result = recorded_outcome(work, store)
-            if result is not None or _has_budget_of(child, config):
+            if result is not None or own:
                 break
             get_run_logger().info(
                 "%s had another budget; another run goes on from what it has done", child.name

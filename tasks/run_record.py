@@ -12,9 +12,17 @@ import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from rlhf.config.pipeline import StoreConfig
 from rlhf.errors import ArtifactMissing, ConfigError
@@ -77,7 +85,8 @@ class RunRecord(_Part):
     store: str = ""
     """URI of the store that it publishes to."""
     store_options: StoreConfig | None = None
-    """Options of that store, which can hold no credentials; None in records of older versions."""
+    """Options of that store, which can hold no credentials; None where another version's record
+    tells none that this one knows."""
     state: str = RUNNING
     reason: str = ""
     waits: str = ""
@@ -93,6 +102,15 @@ class RunRecord(_Part):
     """Path of the page of its report; empty before it was written."""
     sample: list[str] = Field(default_factory=list[str])
     """Prompt and reply of the last sample of PPO; empty before the first."""
+
+    @field_validator("store_options", mode="wrap")
+    @classmethod
+    def _known(cls, value: Any, read: ValidatorFunctionWrapHandler) -> StoreConfig | None:
+        # A run is listed, whatever a newer version may write of its store.
+        try:
+            return read(value)
+        except ValidationError:
+            return None
 
     @property
     def is_over(self) -> bool:

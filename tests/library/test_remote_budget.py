@@ -20,6 +20,12 @@ def config(tmp_path):
     return PipelineConfig(store=str(tmp_path / "store"), budget={"hours": 3})
 
 
+def require_completed(_, run, __):
+    """The old run failed, which is no failure of this work."""
+    if run.name == "old":
+        raise StageFailed("old failed")
+
+
 @pytest.fixture
 def children(config, monkeypatch):
     """Runs that Prefect's server gives for the work, in order, and those that were waited for."""
@@ -36,7 +42,7 @@ def children(config, monkeypatch):
     queue = iter(given)
     monkeypatch.setattr(tasks.remote, "_child", lambda *_: (next(queue), 0))
     monkeypatch.setattr(tasks.remote, "_wait", lambda _, run, *__: waited.append(run.name) or run)
-    monkeypatch.setattr(tasks.remote, "_require_completed", lambda *_: None)
+    monkeypatch.setattr(tasks.remote, "_require_completed", require_completed)
     monkeypatch.setattr(tasks.remote, "get_client", lambda **_: contextlib.nullcontext())
     monkeypatch.setattr(tasks.remote, "get_run_logger", lambda: logging.getLogger("x"))
     monkeypatch.setattr(Limits, "of", lambda *_: None)

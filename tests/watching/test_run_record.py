@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -64,6 +65,16 @@ def test_a_run_of_the_board_names_its_store(folder):
     with board.running("mine", [], folder.parent, "s3://bucket/store"):
         assert [r.store for r in read_records(folder)] == ["s3://bucket/store"]
     board.show_on(None)
+
+
+def test_a_record_of_another_version_is_listed(folder):
+    write_record(new_record("newer", []), folder)
+    (file,) = folder.glob("*.json")
+    written = json.loads(file.read_text())
+    written["store_options"]["of_tomorrow"] = "x"
+    written["of_tomorrow"] = 1
+    file.write_text(json.dumps(written))
+    assert [(r.name, r.store_options) for r in read_records(folder)] == [("newer", None)]
 
 
 def test_what_is_no_record_is_passed_over(folder):
