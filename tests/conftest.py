@@ -101,7 +101,7 @@ def _leave_imported() -> None:
 #: `make whole` runs.
 WHOLE = (
     "tests/flows/", "tests/production/", "tests/benchmarks/", "tests/serving/", "tests/test_reaper",
-    "tests/test_emulated_cuda",
+    "tests/test_emulated_cuda", "tests/test_line_coverage",
     *(
         f"tests/library/test_{name}"
         for name in (
