@@ -243,7 +243,7 @@ def _open_model_line(
     opened = store_of(loaded.config)
     if name is None and config is None:
         promotion = loaded.config.promotion
-        meant = {"name": line_of(promotion.name, sorted({*known(opened)}))}
+        meant = {"name": line_of(promotion, sorted({*known(opened)}))}
         changed = {"promotion": promotion.model_copy(update=meant)}
         return loaded.config.model_copy(update=changed), opened
     return loaded.config, opened

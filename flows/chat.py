@@ -85,7 +85,7 @@ def open_chat(
 ) -> ChatModels:
     """Find and load the models of a chat, by the options of a command."""
     runtime, opened = open_for_models(store, config)
-    line = load_config(config, ()).config.promotion.name
+    promotion = load_config(config, ()).config.promotion
 
     def device() -> object:
         from transformers.utils import logging
@@ -97,7 +97,7 @@ def open_chat(
         return prepare_device(runtime)
 
     return load_chat(
-        policy, options, line, device, opened,
+        policy, options, promotion, device, opened,
         lambda model, place: load_scorer(model, place, None, opened),
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ def export(
         load_config(config, [f"--store={store}"] if store else []).config
     )
     opened = store_of(loaded)
-    found = find_stored(policy, opened, loaded.promotion.name)
+    found = find_stored(policy, opened, loaded.promotion)
     with _filled(folder, loaded.store_options) as out:
         facts, checked = export_policy(
             found, opened, out, loaded.runtime, prompts=prompts, new_tokens=new_tokens,

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from rlhf.config.pipeline import PromotionConfig
 from rlhf.costs import Cost
 from rlhf.errors import (
     ApprovalMissing,
@@ -33,8 +34,6 @@ from rlhf.store.manifest import Digest, first_problem
 
 #: Environment variable with the name of the person who decides.
 USER = "RLHF_USER"
-#: Name of the model line where a configuration chooses none.
-DEFAULT_LINE = "default"
 #: Prefix of the names of the champions' histories.
 CHAMPIONS = "champion/"
 #: Most characters of a name or a reason.
@@ -119,9 +118,10 @@ def model_lines(store: Store) -> list[str]:
     return [name.removeprefix(CHAMPIONS) for name in store.history.names(CHAMPIONS)]
 
 
-def line_of(name: str, known: Sequence[str]) -> str:
-    """Return the model line that is meant: `name`, or the only known one where none was chosen."""
-    return known[0] if name == DEFAULT_LINE and len(known) == 1 else name
+def line_of(promotion: PromotionConfig, known: Sequence[str]) -> str:
+    """Return the model line that is meant: the one that was written, else the only known one."""
+    guessed = "name" not in promotion.model_fields_set and len(known) == 1
+    return known[0] if guessed else promotion.name
 
 
 def champion(store: Store, name: str) -> Promotion | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter, validators
 
 from rlhf.champions import champion, line_of, model_lines
+from rlhf.config.pipeline import PromotionConfig
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.files import is_file
 from rlhf.plain_text import one_line
@@ -135,15 +136,15 @@ class ChatModels:
 
 
 def load_chat(
-    name: str | None, options: ChatOptions, line: str, device: Callable[[], Any], store: Store,
-    load_scorer: Callable[[NamedModel, Any], Scorer],
+    name: str | None, options: ChatOptions, promotion: PromotionConfig,
+    device: Callable[[], Any], store: Store, load_scorer: Callable[[NamedModel, Any], Scorer],
 ) -> ChatModels:  # fmt: skip
     """Find and load the models of a chat.
 
     Args:
         name: Of the policy; None is the champion.
         options: As the user gave them.
-        line: Model line whose champion is meant.
+        promotion: Has the model line whose champion is meant.
         device: Prepares the device; called once all names are found.
         store: Where they are.
         load_scorer: Loads a reward model or judge.
@@ -152,10 +153,10 @@ def load_chat(
         ArtifactMissing: A name names nothing.
         ConfigError: It is no such model, or can't be loaded.
     """
-    first = find_policy(name or CHAMPION_WORD, line, store)
+    first = find_policy(name or CHAMPION_WORD, promotion, store)
     found = [first]
     if options.versus is not None:
-        found.append(find_policy(options.versus, line, store, of=first))
+        found.append(find_policy(options.versus, promotion, store, of=first))
         if found[0].folder.resolve() == found[1].folder.resolve():
             raise ConfigError(f"--versus {options.versus}: is the policy itself; name another")
     scorers, notes = _scorers(first, options, store)
@@ -173,7 +174,8 @@ def load_chat(
 
 
 def find_policy(
-    text: str, line: str, store: Store, of: NamedModel | None = None, purpose: str = "a chat"
+    text: str, promotion: PromotionConfig, store: Store, of: NamedModel | None = None,
+    purpose: str = "a chat"
 ) -> NamedModel:  # fmt: skip
     """Find a policy by any name of a model, `champion`, `sft`, or its run, and fetch it.
 
@@ -182,7 +184,7 @@ def find_policy(
 
     Args:
         text: The name.
-        line: Model line whose champion is meant.
+        promotion: Has the model line whose champion is meant.
         store: Where it is.
         of: Policy from which `sft` is looked up; None takes the champion.
         purpose: What it is for, in an error.
@@ -195,12 +197,12 @@ def find_policy(
     if not is_word or store.pins.find(text) is not None:
         return require_kind(_named(text, store), POLICY, purpose)
     if text == CHAMPION_WORD:
-        line = line_of(line, model_lines(store))
-        if champion(store, line) is None:
-            raise ArtifactMissing(_no_champion(line, store))
-        found = find_model(f"{CHAMPION}{line}", store)
+        name = line_of(promotion, model_lines(store))
+        if champion(store, name) is None:
+            raise ArtifactMissing(_no_champion(name, store))
+        found = find_model(f"{CHAMPION}{name}", store)
         return replace(found, text=text)
-    start = of or find_policy(CHAMPION_WORD, line, store)
+    start = of or find_policy(CHAMPION_WORD, promotion, store)
     digest = store.manifest(start.ref).parents.get(SFT_WORD) if start.ref else None
     if digest is None:
         why = "has no SFT policy in its lineage" if start.ref else "is a folder, without lineage"

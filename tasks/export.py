@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.champions import latest_entry, model_lines, verdict_of
 from rlhf.config import RuntimeConfig
-from rlhf.config.pipeline import StoreConfig
+from rlhf.config.pipeline import PromotionConfig, StoreConfig
 from rlhf.data.lineage import forgotten_ids
 from rlhf.data.rows import PROMPTS_EVAL, Prompt, PromptRow, read_rows
 from rlhf.errors import ArtifactMissing, ConfigError, ExportFailed, StoreError, UnexpectedError
@@ -32,19 +32,19 @@ S3 = "s3://"
 _LAST = "config.json"
 
 
-def find_stored(text: str, store: Store, line: str) -> NamedModel:
+def find_stored(text: str, store: Store, promotion: PromotionConfig) -> NamedModel:
     """Find a policy of the store as a chat does, by any name but a folder's.
 
     Args:
         text: What the user wrote.
         store: Where it is.
-        line: Model line of a bare `champion`.
+        promotion: Has the model line of a bare `champion`.
 
     Raises:
         ConfigError: It is a local folder, or no policy.
         ArtifactMissing: There is none.
     """
-    found = find_policy(text, line, store, purpose="export")
+    found = find_policy(text, promotion, store, purpose="export")
     if found.ref is None:
         raise ConfigError(
             f"{text}: is a folder, of which no store knows data, gates or lineage; store it first: "

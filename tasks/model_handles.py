@@ -112,7 +112,7 @@ class Policy(_Model):
         from tasks.chat_models import find_policy
 
         super().__init__(
-            name, store, config, lambda text, c, opened: find_policy(text, c.promotion.name, opened)
+            name, store, config, lambda text, c, opened: find_policy(text, c.promotion, opened)
         )
 
     @overload

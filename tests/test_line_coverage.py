@@ -1,4 +1,4 @@
-"""Lines that no test ran: counted in all processes of xdist and added up; too few fail the tests."""
+"""Lines that no test ran: counted in all processes of xdist, and too few fail the session."""
 
 from __future__ import annotations
 

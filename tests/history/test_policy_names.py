@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf.config.pipeline import PromotionConfig
 from rlhf.errors import ArtifactMissing, ConfigError
 from rlhf.report import RunOutcome
 from tasks.chat_models import find_policy
@@ -12,8 +13,8 @@ from tasks.export import find_stored
 
 @pytest.mark.parametrize(
     "find",
-    [lambda text, store: find_policy(text, "default", store),
-     lambda text, store: find_stored(text, store, "default")],
+    [lambda text, store: find_policy(text, PromotionConfig(), store),
+     lambda text, store: find_stored(text, store, PromotionConfig())],
     ids=["chat", "export"],
 )  # fmt: skip
 def test_a_run_names_its_policy(made, find):
@@ -32,3 +33,14 @@ def test_a_run_names_its_policy(made, find):
     made.run("weekly-2", "2026-11-03", RunOutcome.GATE_REJECTED, refs={"train-policy": policy})
     with pytest.raises(ConfigError, match="'week': 2 runs are meant"):
         find("week", made.store)
+
+
+def test_the_only_line_is_guessed_where_none_is_written(made):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    policy = made.publish("policy", {"config.json": config}, {})
+    refs = {"train-policy": policy, "gate-policy": made.publish("verdict", {}, {"policy": policy})}
+    made.promote(refs, line="weekly")
+    found = find_policy("champion", PromotionConfig(), made.store)
+    assert found.ref == policy
+    with pytest.raises(ArtifactMissing, match=r"champion of the line default .*have: weekly"):
+        find_policy("champion", PromotionConfig(name="default"), made.store)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import uvicorn
 
+from rlhf.config.pipeline import PromotionConfig
 from rlhf.modeling.members import open_scorer
 from rlhf.preferences import PreferenceFile
 from rlhf.store import open_store
@@ -49,7 +50,7 @@ def chat_models(tmp_path_factory: pytest.TempPathFactory) -> ChatModels:
     )
     store = open_store(str(root / "store"), cache_dir=root / "cache")
     return load_chat(
-        str(root / "parrot"), options, "default", lambda: torch.device("cpu"), store,
+        str(root / "parrot"), options, PromotionConfig(), lambda: torch.device("cpu"), store,
         lambda model, device: open_scorer(model.folder, device, 64),
     )  # fmt: skip
 
