@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import slipcover
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "rlhf"
@@ -23,6 +22,8 @@ class LineCoverage:
     """Puts probes into each module at its import, and adds up what the processes of xdist saw."""
 
     def __init__(self, wanted: float) -> None:
+        import slipcover  # which a bare GPU machine lacks
+
         self.wanted = wanted
         self.seen = None
         self.worker = os.environ.get("PYTEST_XDIST_WORKER")
@@ -71,9 +72,11 @@ class LineCoverage:
             (self.folder / self.worker).write_text(text, "utf-8")
             return
         if session.testscollected or list(self.folder.iterdir()):
+            from slipcover import merge_coverage
+
             self.seen = self.probes.get_coverage()
             for file in sorted(self.folder.iterdir()):
-                slipcover.merge_coverage(self.seen, json.loads(file.read_text("utf-8")))
+                merge_coverage(self.seen, json.loads(file.read_text("utf-8")))
             if self.share < self.wanted and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
         shutil.rmtree(self.folder)
@@ -87,8 +90,10 @@ class LineCoverage:
         """Print a table of the files of which lines are missing, and the verdict."""
         if self.seen is None:
             return
+        from slipcover import print_coverage
+
         terminalreporter.section("line coverage")
-        slipcover.print_coverage(self.seen, outfile=_Lines(terminalreporter), skip_covered=True)
+        print_coverage(self.seen, outfile=_Lines(terminalreporter), skip_covered=True)
         verdict = "enough" if self.share >= self.wanted else "FAILED: not enough"
         line = f"{self.share:.2f} % of the lines ran, {self.wanted:g} % wanted: {verdict}"
         terminalreporter.write_line(line)
