@@ -35,8 +35,6 @@ unit programs site whole campaigns: export OMP_NUM_THREADS = 1
 # Two threads of a training wait for each other beside another test.
 unit programs site whole campaigns: export RLHF_THREADS = 1
 TESTS := $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
-# Lint runs beside them, so nothing waits for a core; each worker imports all packages first.
-unit: WORKERS = 2
 unit: $(STAMP)
 	$(TESTS) -m "not slow and not program and not site and not campaign"
 
