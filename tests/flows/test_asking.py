@@ -21,7 +21,7 @@ from flows import champions as command
 from flows.pipeline import pipeline
 from rlhf.champions import LONGEST, approval_of, record_approval
 from rlhf.errors import StoreError
-from rlhf.store import ArtifactRef, open_store
+from rlhf.store import ArtifactRef, Store, open_store
 from tasks import promotion
 from tasks.approvals import Decision, ask
 from tasks.lost_runs import NEVER_STARTED, RESTART_OF
@@ -252,8 +252,11 @@ def test_a_name_that_is_not_seen_is_refused_before_the_run_goes_on(by):
         assert Decision(decision="approve", by=name).by == name
 
 
-class _Nowhere:
+class _Nowhere(Store):
     """A store that takes what JSON and UTF-8 take."""
+
+    def __init__(self):
+        pass
 
     @property
     def history(self):
